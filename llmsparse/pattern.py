@@ -1,0 +1,140 @@
+"""Sparsity patterns: which weights a mask may keep, and how scores choose them."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from llmsparse.errors import UserError
+
+SCOPES = ("row", "layer")
+
+
+class Pattern(Protocol):
+    """What a solver needs to know of a pattern; ``width`` is the number of columns decided together."""
+
+    @property
+    def width(self) -> int | None: ...
+
+    def select(self, score: Tensor) -> Tensor: ...
+
+    def allows(self, mask: Tensor) -> bool: ...
+
+
+def keep_largest(score: Tensor, kept: int) -> Tensor:
+    """Mask of exactly ``kept`` largest entries of each row of ``score`` (rows, n), ties by lowest index."""
+    rows, count = score.shape
+    if kept <= 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    if kept >= count:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(count - kept + 1, dim=1, keepdim=True).values  # the smallest kept value
+    mask = score > threshold
+    missing = kept - mask.sum(1, keepdim=True)
+    tied = score == threshold
+    if bool((tied.sum(1, keepdim=True) == missing).all()):
+        return mask | tied
+    return mask | (tied & (tied.cumsum(1) <= missing))
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """``sparsity`` of the weights are zero, anywhere; ``scope`` says within what scores are compared.
+
+    ``row``: every output row has the same count; ``layer``: one threshold for the weight;
+    ``None``: the solver's own scope.
+    """
+
+    sparsity: float
+    scope: str | None = None
+    width: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise UserError(f"sparsity must lie between 0 % and 100 %; {self.sparsity:.6g} was given, e.g. use 50%")
+        if self.scope not in (None, *SCOPES, "chunk"):
+            raise UserError(f"scope {self.scope!r} is unknown; use one of {', '.join(SCOPES)}, or leave it out")
+
+    def scoped(self, default: str) -> "Unstructured":
+        """The same pattern with the solver's own scope filled in where none was asked for."""
+        return self if self.scope else replace(self, scope=default)
+
+    def pruned(self, count: int) -> int:
+        """How many of ``count`` weights are zero (rounded to nearest)."""
+        return round(self.sparsity * count)
+
+    def select(self, score: Tensor) -> Tensor:
+        """Keep the largest of ``score`` (out, in): per row with scope ``row``, else over the whole matrix."""
+        if self.scope == "row":
+            return keep_largest(score, score.shape[1] - self.pruned(score.shape[1]))
+        return keep_largest(score.reshape(1, -1), score.numel() - self.pruned(score.numel())).view_as(score)
+
+    def allows(self, mask: Tensor) -> bool:
+        """True when ``mask`` (out, in) has exactly the pattern's count of zeros, in every row with scope ``row``."""
+        if self.scope == "row":
+            return bool(((~mask).sum(1) == self.pruned(mask.shape[1])).all())
+        return int((~mask).sum()) == self.pruned(mask.numel())
+
+    def __str__(self) -> str:
+        return f"{self.sparsity * 100:.6g}%"
+
+
+@dataclass(frozen=True)
+class NM:
+    """``n`` weights **kept** of every ``m`` consecutive inputs, as the hardware documents count."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise UserError(
+                f"pattern {self.n}:{self.m} keeps {self.n} of {self.m} consecutive weights; n must lie between 1 and m-1"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.m
+
+    def select(self, score: Tensor) -> Tensor:
+        """Keep the n largest of each group of m of ``score`` (out, in), ties by lowest index."""
+        groups = score.reshape(-1, self.m)
+        earlier = torch.ones(self.m, self.m, dtype=torch.bool, device=score.device).tril(-1)  # [i, j]: j < i
+        mine, other = groups[:, :, None], groups[:, None, :]
+        rank = ((other > mine) | ((other == mine) & earlier)).sum(-1)  # how many of the group come before
+        return (rank < self.n).reshape(score.shape)
+
+    def allows(self, mask: Tensor) -> bool:
+        """True when every group of m of ``mask`` (out, in) keeps exactly n."""
+        if mask.shape[-1] % self.m:
+            return False
+        return bool((mask.reshape(-1, self.m).sum(1) == self.n).all())
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def parse(text: str, scope: str | None = None) -> Unstructured | NM:
+    """Read ``50%`` or ``n:m`` (n kept of m).
+
+    Raises:
+        UserError: the text is neither, or its numbers make no pattern.
+    """
+    if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+        if scope:
+            raise UserError(f"--scope {scope} goes with an unstructured pattern such as 50%, not with {text}")
+        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
+        if scope is not None and scope not in SCOPES:
+            raise UserError(f"--scope {scope} is unknown; use one of {', '.join(SCOPES)}, or leave it out")
+        return Unstructured(float(match[1]) / 100, scope)
+    raise UserError(f"pattern {text!r} is unknown; use a percentage such as 50%, or n:m (n kept of m) such as 2:4")
+
+
+def describe(pattern: Unstructured | NM) -> str:
+    """The pattern for a reader, with what it keeps: ``1:4 (keeps 25 %)``."""
+    if isinstance(pattern, NM):
+        return f"{pattern} (keeps {100 * pattern.n / pattern.m:.4g} %)"
+    return f"{pattern} (keeps {100 * (1 - pattern.sparsity):.4g} %)"

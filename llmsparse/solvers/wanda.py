@@ -1,0 +1,27 @@
+"""Wanda: weights times the norm of their inputs, compared per output row (Sun et al., arXiv 2306.11695)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llmsparse.pattern import Pattern, Unstructured
+from llmsparse.solution import Solution
+from llmsparse.statistics import SquaredNorm
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Keep the largest |w_ij| * ||x_j||; an unstructured pattern is compared per output row."""
+
+    statistics: ClassVar[type[SquaredNorm]] = SquaredNorm
+
+    def __call__(self, weight: Tensor, statistics: SquaredNorm, pattern: Pattern, grid: None = None) -> Solution:
+        """Prune ``weight`` (out, in) with the mean squares of its inputs (in,)."""
+        if isinstance(pattern, Unstructured):
+            pattern = pattern.scoped("row")
+        mask = pattern.select(weight.abs() * statistics.value.sqrt().to(weight))
+        return Solution(weight.masked_fill(~mask, 0.0), mask)
+
+
+solver = Wanda

@@ -1,0 +1,148 @@
+"""Running sums over calibration inputs: what a solver knows of the data."""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from llmsparse.errors import SolverError
+
+PANEL = 256  # rows of the Gram updated together; only the upper triangle is multiplied
+ESCALATION = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors of the damping asked for, tried in turn
+
+
+class Statistics(Protocol):
+    """A sum over tokens that can be updated, merged across processes, and read as a mean."""
+
+    tokens: int
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device | str = "cpu") -> Any: ...
+
+    def update(self, inputs: Tensor) -> None: ...
+
+    def merge(self, other: Any) -> None: ...
+
+    def sums(self) -> Tensor: ...
+
+
+class Factor(NamedTuple):
+    """``upper`` (in, in) with upper.T @ upper = (G + damping * mean(diag G) * I)^-1; ``dead`` (in,) inputs never seen."""
+
+    upper: Tensor
+    damping: float
+    dead: Tensor
+
+
+class Gram:
+    """Sum of x xT over tokens (in, in), kept in float32 (float64 for float64 inputs); half of the layer's Hessian."""
+
+    def __init__(self, total: Tensor, tokens: int = 0) -> None:
+        self.total = total  # (in, in), only the upper panels are current until it is read
+        self.tokens = tokens
+        self._factors: dict[float, Factor] = {}
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "Gram":
+        return cls(torch.zeros(in_features, in_features, device=device, dtype=dtype))
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the tokens of ``inputs`` (..., in); all must be real tokens, never padding."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.total)
+        for start in range(0, self.total.shape[0], PANEL):
+            panel = self.total[start : start + PANEL, start:]
+            torch.addmm(panel, rows[:, start : start + PANEL].T, rows[:, start:], out=panel)
+        self.tokens += rows.shape[0]
+        self._factors.clear()
+
+    def merge(self, other: "Gram") -> None:
+        self.total += other.total
+        self.tokens += other.tokens
+        self._factors.clear()
+
+    def sums(self) -> Tensor:
+        """The running sum itself, for an all-reduce."""
+        return self.total
+
+    @property
+    def matrix(self) -> Tensor:
+        """The mean of x xT, (in, in), symmetric."""
+        upper = self.total.triu()
+        return (upper + upper.triu(1).T) / max(self.tokens, 1)
+
+    def factor(self, damping: float) -> Factor:
+        """The upper Cholesky factor of the inverse of the damped Gram, remembered per damping.
+
+        Damping escalates by ``ESCALATION`` (float32, then float64) until the factor exists; dead inputs
+        get a unit diagonal. Source: SparseGPT, arXiv 2301.00774, section 3.
+
+        Raises:
+            SolverError: no damping makes the matrix positive definite (non-finite inputs).
+        """
+        if damping not in self._factors:
+            self._factors[damping] = _factor(self.matrix, damping)
+        return self._factors[damping]
+
+
+def _factor(matrix: Tensor, damping: float) -> Factor:
+    if not bool(torch.isfinite(matrix).all()):
+        raise SolverError("the calibration inputs of this layer are not finite; use --dtype float32 or other data")
+    dead = matrix.diagonal() == 0
+    scale = matrix.diagonal().mean()
+    if scale == 0:
+        raise SolverError("the calibration inputs of this layer are all zero; it cannot be solved, leave it out with --skip")
+    for dtype in (matrix.dtype, torch.float64):
+        for step in ESCALATION:
+            damped = matrix.to(dtype, copy=True)
+            damped.diagonal()[dead] = 1.0
+            damped.diagonal().add_(damping * step * scale)
+            upper = _inverse_factor(damped)
+            if upper is not None:
+                return Factor(upper.to(matrix.dtype), damping * step, dead)
+    raise SolverError(
+        f"the Gram of this layer stayed indefinite up to damping {damping * ESCALATION[-1]:g}; use more calibration text"
+    )
+
+
+def _inverse_factor(damped: Tensor) -> Tensor | None:
+    """U with UT U = damped^-1, from one Cholesky and one triangular inverse; None when not positive definite.
+
+    With J the exchange matrix, J A J = L LT gives A^-1 = (J L^-T J)(J L^-1 J), and J L^-1 J is upper triangular.
+    """
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(info) != 0:
+        return None
+    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return upper.contiguous() if bool(torch.isfinite(upper).all()) else None
+
+
+class SquaredNorm:
+    """Sum of squares of each input over tokens, (in,), float32: the diagonal of the Gram."""
+
+    def __init__(self, total: Tensor, tokens: int = 0) -> None:
+        self.total = total
+        self.tokens = tokens
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device | str = "cpu") -> "SquaredNorm":
+        return cls(torch.zeros(in_features, device=device))
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the tokens of ``inputs`` (..., in); all must be real tokens, never padding."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.total)
+        self.total += rows.square().sum(0)
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: "SquaredNorm") -> None:
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def sums(self) -> Tensor:
+        """The running sum itself, for an all-reduce."""
+        return self.total
+
+    @property
+    def value(self) -> Tensor:
+        """The mean square of each input, (in,)."""
+        return self.total / max(self.tokens, 1)
