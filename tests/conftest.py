@@ -1,0 +1,38 @@
+"""Fixtures that any test may ask for: real data, a real model, a quiet offline process."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and fork do not mix
+
+import pytest
+import torch
+
+from llmsparse.errors import UserError
+from llmsparse.gguf_checkpoint import smollm2 as converted_smollm2
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> None:
+    """One thread for tiny models, whose products are too small to share; every core for a real one."""
+    torch.set_num_threads(os.cpu_count() or 1 if "smollm2" in request.fixturenames else 1)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder that LLMSPARSE_DATA names (text/wikitext2/test.txt, text/c4/calib.jsonl...)."""
+    folder = os.environ.get("LLMSPARSE_DATA")
+    if not folder:
+        pytest.skip("LLMSPARSE_DATA does not name a folder of local data")
+    assert Path(folder, "text").is_dir(), f"LLMSPARSE_DATA={folder} has no folder text/"
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a bf16 folder, converted once into the user's cache; read only."""
+    try:
+        return converted_smollm2()
+    except UserError as error:
+        pytest.skip(str(error))
