@@ -1,0 +1,63 @@
+"""The README says only what the program does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from llmsparse import plugins
+from llmsparse.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def console_lines() -> list[str]:
+    """The llmsparse commands in the README's console blocks."""
+    blocks = re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
+    return [
+        line[line.index("llmsparse ") :]
+        for block in blocks
+        for line in block.splitlines()
+        if re.match(r"(accelerate launch .* -m )?llmsparse ", line)
+    ]
+
+
+def options(command: str) -> set[str]:
+    return {
+        name for p in COMMANDS[command].params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"
+    }
+
+
+@pytest.mark.parametrize("line", console_lines())
+def test_every_command_and_option_in_the_readme_exists(line: str) -> None:
+    _, command, *arguments = shlex.split(line)
+    assert command in COMMANDS
+    assert {a for a in arguments if a.startswith("--")} <= options(command)
+
+
+def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None:
+    named = re.findall(r"^\| `llmsparse (\w+)", README, flags=re.MULTILINE)
+    assert sorted(named) == sorted(COMMANDS)
+
+
+def test_the_solver_table_lists_exactly_the_solvers() -> None:
+    section = README.split("### Solvers")[1].split("###")[0]
+    assert sorted(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == plugins.names("solvers")
+
+
+def test_every_make_target_in_the_documents_exists() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(
+        r"^make ([a-z-]+)|`make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text(), re.M
+    )
+    assert {a or b for a, b in named} <= set(targets)
+
+
+def test_every_file_that_the_documents_name_exists() -> None:
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:llmsparse|eval|kernels|tests|benchmarks)/[\w/.]*\w\.\w+)`", text))
+    assert [name for name in sorted(named) if not (ROOT / name).exists() and "/x.py" not in name] == []

@@ -1,0 +1,83 @@
+"""What the wheel holds, and that the top-level folders disturb nobody."""
+
+import pkgutil
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llmsparse"
+
+
+def python(code: str, cwd: Path = ROOT) -> str:
+    return run(sys.executable, "-W", "error", "-c", code, cwd=cwd)
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources, so that no stale build folder can add to it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    left_out = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks"
+    )
+    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out, dirs_exist_ok=True)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=source)
+    return next(out.glob("*.whl"))
+
+
+def test_only_llmsparse_is_importable_from_the_wheel(wheel: Path) -> None:
+    assert [module.name for module in pkgutil.iter_modules([str(wheel)])] == ["llmsparse"]
+
+
+def test_the_wheel_holds_every_module_of_every_package_folder(wheel: Path) -> None:
+    folders = [PACKAGE, *(f for f in PACKAGE.iterdir() if (f / "__init__.py").is_file())]
+    assert {"solvers", "kernels", "eval"} <= {folder.name for folder in folders}
+    expected = {f.relative_to(ROOT).as_posix() for folder in folders for f in folder.glob("*.py")}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == expected
+
+
+def test_the_wheel_carries_its_licence_and_its_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    texts = {name.split("/", 1)[1]: name for name in archive.namelist() if ".dist-info/" in name}
+    assert b"Apache License" in archive.read(texts["licenses/LICENSE"])
+    assert b"llmsparse = llmsparse.cli:app" in archive.read(texts["entry_points.txt"])
+
+
+@pytest.mark.parametrize("name", ["kernels", "eval"])
+def test_the_links_lead_to_the_top_level_folders(name: str) -> None:
+    assert (PACKAGE / name).is_symlink()
+    assert (PACKAGE / name).resolve() == ROOT / name
+
+
+@pytest.mark.parametrize("name", ["kernels", "eval"])
+def test_installed_and_uninstalled_runs_find_the_same_folders(name: str, tmp_path: Path) -> None:
+    code = f"import llmsparse.{name} as package; print(package.__file__)"
+    assert Path(python(code)).resolve() == ROOT / name / "__init__.py"
+    assert Path(python(code, cwd=tmp_path)).resolve() == ROOT / name / "__init__.py"
+
+
+def test_transformers_imports_from_the_repository_root() -> None:
+    """transformers looks for the hub's package ``kernels`` and finds our folder of that name here."""
+    code = "import kernels; from transformers import LlamaForCausalLM; print(kernels.__file__)"
+    assert Path(python(code)) == ROOT / "kernels" / "__init__.py"
+
+
+def test_importing_llmsparse_is_light() -> None:
+    """``llmsparse --version`` must not wait for torch, and triton waits for the first GPU kernel."""
+    code = "import sys, llmsparse; print([m for m in ('torch', 'triton') if m in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_the_kernel_package_has_no_imports() -> None:
+    lines = (ROOT / "kernels" / "__init__.py").read_text().splitlines()
+    assert len(lines) == 1 and lines[0].startswith('"""')
