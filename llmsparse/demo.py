@@ -72,7 +72,7 @@ def demo(
 
 def show(result: dict[str, Any]) -> Group:
     """What ``demo`` returned, for a terminal: a table, and under it what its figures were measured on."""
-    table = Table(title=f"{result['model']}: perplexity before and after pruning")
+    table = Table(title="Perplexity before and after pruning")
     for heading in ("solver", "pattern"):
         table.add_column(heading)
     for heading in ("zeros", "perplexity", "times dense", "seconds"):
@@ -89,6 +89,7 @@ def show(result: dict[str, Any]) -> Group:
         pruned = row["pattern"] is not None
         table.add_row(row["solver"], row["pattern"] or "", *(shown if pruned else ("", perplexity, "", "")))
     return Group(
+        f"model: {result['model']}",
         table,
         f"text: {result['data']}, Python {result['python']}, sha256 {result['data_sha256'][:16]}",
         f"{result['windows']} windows of {result['context']} tokens, {result['tokens']} scored; "
