@@ -43,7 +43,7 @@ def _rotary(**options: object) -> dict[str, object]:
     return {**GATED, "head_dim": 8, **options}
 
 
-# 3 blocks where kinds of block alternate or a window must be tested, hidden 32; the sliding window is 8 tokens.
+# Hidden size 32, two or three blocks (both kinds where they alternate); the sliding window is 8 tokens.
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**GATED),
     "mistral": lambda: MistralConfig(**_rotary(sliding_window=8)),
@@ -114,7 +114,7 @@ def save_tiny(
 ) -> Path:
     """Write a random checkpoint of ``family`` with its tokenizer into ``folder`` and return the folder.
 
-    Matrices are scaled to unit gain (1/sqrt(in)) and norms to about 1, so that every block moves its hidden states.
+    Matrices have unit gain (1/sqrt(in)) and norms lie near 1, so that every block moves its hidden states.
     """
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
