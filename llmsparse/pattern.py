@@ -53,9 +53,13 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
-            raise UserError(f"sparsity must lie between 0 % and 100 %; {self.sparsity:.6g} was given, e.g. use 50%")
+            raise UserError(
+                f"sparsity must lie between 0 % and 100 %; {self.sparsity:.6g} was given, e.g. use 50%"
+            )
         if self.scope not in (None, *SCOPES, "chunk"):
-            raise UserError(f"scope {self.scope!r} is unknown; use one of {', '.join(SCOPES)}, or leave it out")
+            raise UserError(
+                f"scope {self.scope!r} is unknown; use one of {', '.join(SCOPES)}, or leave it out"
+            )
 
     def scoped(self, default: str) -> "Unstructured":
         """The same pattern with the solver's own scope filled in where none was asked for."""
@@ -130,7 +134,9 @@ def parse(text: str, scope: str | None = None) -> Unstructured | NM:
         if scope is not None and scope not in SCOPES:
             raise UserError(f"--scope {scope} is unknown; use one of {', '.join(SCOPES)}, or leave it out")
         return Unstructured(float(match[1]) / 100, scope)
-    raise UserError(f"pattern {text!r} is unknown; use a percentage such as 50%, or n:m (n kept of m) such as 2:4")
+    raise UserError(
+        f"pattern {text!r} is unknown; use a percentage such as 50%, or n:m (n kept of m) such as 2:4"
+    )
 
 
 def describe(pattern: Unstructured | NM) -> str:

@@ -16,7 +16,9 @@ def names(package: str) -> list[str]:
 
 def kinds() -> list[str]:
     """The plug-in kinds that exist: every sub-folder of the package that holds at least one."""
-    return sorted(folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists() and names(folder.name))
+    return sorted(
+        folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists() and names(folder.name)
+    )
 
 
 def load(package: str, name: str) -> ModuleType:

@@ -43,7 +43,9 @@ class Gram:
         self._factors: dict[float, Factor] = {}
 
     @classmethod
-    def zeros(cls, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "Gram":
+    def zeros(
+        cls, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Gram":
         return cls(torch.zeros(in_features, in_features, device=device, dtype=dtype))
 
     def update(self, inputs: Tensor) -> None:
@@ -86,11 +88,15 @@ class Gram:
 
 def _factor(matrix: Tensor, damping: float) -> Factor:
     if not bool(torch.isfinite(matrix).all()):
-        raise SolverError("the calibration inputs of this layer are not finite; use --dtype float32 or other data")
+        raise SolverError(
+            "the calibration inputs of this layer are not finite; use --dtype float32 or other data"
+        )
     dead = matrix.diagonal() == 0
     scale = matrix.diagonal().mean()
     if scale == 0:
-        raise SolverError("the calibration inputs of this layer are all zero; it cannot be solved, leave it out with --skip")
+        raise SolverError(
+            "the calibration inputs of this layer are all zero; it cannot be solved, leave it out with --skip"
+        )
     for dtype in (matrix.dtype, torch.float64):
         for step in ESCALATION:
             damped = matrix.to(dtype, copy=True)

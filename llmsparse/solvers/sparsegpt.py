@@ -28,15 +28,21 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
-            raise UserError(f"sparsegpt's damping must be positive; {self.damping} was given, its default is 0.01")
+            raise UserError(
+                f"sparsegpt's damping must be positive; {self.damping} was given, its default is 0.01"
+            )
         if self.chunk < 1:
-            raise UserError(f"sparsegpt's chunk must be at least 1 column; {self.chunk} was given, its default is 128")
+            raise UserError(
+                f"sparsegpt's chunk must be at least 1 column; {self.chunk} was given, its default is 128"
+            )
 
     def __call__(self, weight: Tensor, statistics: Gram, pattern: Pattern, grid: None = None) -> Solution:
         """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs."""
         upper, damping, dead = statistics.factor(self.damping)
         upper = upper.to(weight.device)
-        columns = weight.T.to(upper.dtype, copy=True).contiguous()  # (in, out): a column of the weight is a row here
+        columns = weight.T.to(
+            upper.dtype, copy=True
+        ).contiguous()  # (in, out): a column of the weight is a row here
         columns[dead] = 0.0
         kept = torch.empty_like(columns, dtype=torch.bool)
         step = max(self.chunk // pattern.width, 1) * pattern.width if pattern.width else self.chunk
@@ -44,14 +50,18 @@ class SparseGPT:
         for start in range(0, len(columns), step):
             end = min(start + step, len(columns))
             choose = _chooser(pattern, budgets, start // step)
-            errors = _sweep(columns[start:end], kept[start:end], upper[start:end, start:end], pattern.width, choose)
+            errors = _sweep(
+                columns[start:end], kept[start:end], upper[start:end, start:end], pattern.width, choose
+            )
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         mask = kept.T.contiguous()
         solved = columns.T.to(weight.dtype).masked_fill(~mask, 0.0)
         return Solution(solved, mask, notes={"damping": damping})
 
 
-def _budgets(pattern: Pattern, columns: Tensor, upper: Tensor, step: int) -> list[int] | list[list[int]] | None:
+def _budgets(
+    pattern: Pattern, columns: Tensor, upper: Tensor, step: int
+) -> list[int] | list[list[int]] | None:
     """How many weights each chunk prunes (in each row with scope ``row``), so that the totals are exact."""
     if not isinstance(pattern, Unstructured):
         return None
@@ -93,7 +103,9 @@ def _sweep(columns: Tensor, kept: Tensor, upper: Tensor, width: int | None, choo
             if width:
                 scores = columns[group:stop].square() / diagonal[group:stop].square()
                 kept[group:stop] = choose(scores.T.contiguous()).T
-            scale = (~kept[group:stop]).to(columns.dtype) / diagonal[group:stop]  # 1/U_jj where pruned, else 0
+            scale = (~kept[group:stop]).to(columns.dtype) / diagonal[
+                group:stop
+            ]  # 1/U_jj where pruned, else 0
             for j in range(group, stop):
                 error = torch.mul(columns[j], scale[j - group], out=errors[j])
                 columns[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)

@@ -16,7 +16,9 @@ class Wanda:
 
     statistics: ClassVar[type[SquaredNorm]] = SquaredNorm
 
-    def __call__(self, weight: Tensor, statistics: SquaredNorm, pattern: Pattern, grid: None = None) -> Solution:
+    def __call__(
+        self, weight: Tensor, statistics: SquaredNorm, pattern: Pattern, grid: None = None
+    ) -> Solution:
         """Prune ``weight`` (out, in) with the mean squares of its inputs (in,)."""
         if isinstance(pattern, Unstructured):
             pattern = pattern.scoped("row")

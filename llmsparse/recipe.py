@@ -1,0 +1,113 @@
+"""The options of a pruning run: their defaults, help and file form."""
+
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmsparse.errors import UserError
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every option of ``prune`` and ``plan``; ``None`` means the default that its help states."""
+
+    solver: str = _option("sparsegpt", "pruning method, see `llmsparse list solvers`")
+    pattern: tuple[str, ...] = _option(
+        ("50%",), "50%, or n:m with n KEPT of m; REGEX=PATTERN for some weights (repeatable)"
+    )
+    scope: str | None = _option(None, "where 50% is counted: row or layer (default: the solver's own)")
+    calibration: str = _option(
+        "builtin",
+        "builtin, a .txt/.jsonl/.parquet file or folder, a hub dataset id[:config][:split], or a=0.5,b=0.5",
+    )
+    samples: int | None = _option(None, "calibration windows (default 128; builtin 64)")
+    sequence_length: int | None = _option(
+        None, "tokens a window (default 2048, builtin 512; at most what the model takes)"
+    )
+    seed: int = _option(0, "seed of the choice of calibration text")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1...")
+    set: tuple[str, ...] = _option((), "a solver's option, e.g. damping=0.02 (repeatable)")
+    skip: tuple[str, ...] = _option((), "regular expression of weights to leave dense (repeatable)")
+    include: tuple[str, ...] = _option(
+        (), "regular expression of weights to prune besides the blocks', e.g. lm_head (repeatable)"
+    )
+    revision: str | None = _option(None, "branch, tag or commit of a hub model")
+    token: str | None = _option(None, "hub token (default: the one you are logged in with)")
+    cache_dir: str | None = _option(None, "where hub downloads are kept")
+    dtype: str = _option("auto", "of forward passes: auto, float32, bfloat16 or float16")
+    batch_size: str = _option("auto", "windows a forward pass: auto, or a number; never changes the result")
+    offload: str = _option("cpu", "where hidden states wait: cpu, disk or none (stay on the device)")
+    trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
+
+    def __post_init__(self) -> None:
+        for name in ("pattern", "set", "skip", "include"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
+        object.__setattr__(self, "batch_size", str(self.batch_size))
+        for name in ("samples", "sequence_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):
+            raise UserError(f"--batch-size {self.batch_size} must be auto or a number of at least 1")
+        for name in ("skip", "include"):
+            for expression in getattr(self, name):
+                _check_regex(f"--{name}", expression)
+
+    @classmethod
+    def of(cls, recipe: "Recipe | str | Path | None", options: dict[str, Any]) -> "Recipe":
+        """A recipe (object, YAML file or none) with ``options`` laid over it."""
+        base = recipe if isinstance(recipe, Recipe) else cls(**_read(Path(recipe))) if recipe else cls()
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise UserError(f"option {unknown[0]!r} is unknown; known: {', '.join(known)}")
+        return replace(base, **options)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, without the token, for the report and for YAML."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values.pop("token")
+        return values
+
+    def solver_options(self) -> dict[str, Any]:
+        """``--set`` pairs with numbers and booleans read as such."""
+        import yaml
+
+        pairs = {}
+        for text in self.set:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise UserError(f"--set {text} is not KEY=VALUE, e.g. --set damping=0.02")
+            pairs[key.strip()] = yaml.safe_load(value)
+        return pairs
+
+
+def _check_regex(option: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise UserError(f"{option} {expression!r} is not a regular expression: {error}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    if not file.is_file():
+        raise UserError(f"recipe {file} does not exist")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {file} must hold `option: value` lines")
+    known = [f.name for f in fields(Recipe)]
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"recipe {file}: key {unknown[0]!r} is unknown; known: {', '.join(known)}")
+    return values

@@ -1,0 +1,70 @@
+"""What report.json records besides the run's own facts: versions, time and memory by phase, errors."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.statistics import Gram, SquaredNorm
+
+PACKAGES = ("llmsparse", "torch", "transformers", "accelerate", "safetensors", "datasets", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class Phases:
+    """Seconds and peak memory (bytes) by phase; ``facts`` are other things found on the way."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+        self.facts: dict[str, Any] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+            self.peak[name] = resident_peak()
+            if torch.cuda.is_available():
+                self.peak[f"{name} (device)"] = torch.cuda.max_memory_allocated()
+
+
+def resident_peak() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def relative_error(dense: Tensor, pruned: Tensor, statistics: Gram | SquaredNorm | None) -> float | None:
+    """tr(D G DT) / tr(W G WT) with D = W - pruned, both (out, in); None without statistics.
+
+    With only the diagonal of G known, off-diagonal terms count as zero.
+    """
+    if statistics is None or statistics.tokens == 0:
+        return None
+    difference = dense - pruned
+    if isinstance(statistics, SquaredNorm):
+        lost, whole = ((w.square() @ statistics.value).sum() for w in (difference, dense))
+    else:
+        gram = statistics.matrix
+        lost, whole = (((w @ gram) * w).sum() for w in (difference, dense))
+    return float(lost / whole) if whole > 0 else 0.0

@@ -1,0 +1,238 @@
+"""Run a model block by block, one block in memory at a time."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsparse.errors import UserError
+from llmsparse.observe import Enough, Observer
+from llmsparse.skeleton import Skeleton, Weight
+
+Call = tuple[tuple, dict[str, Any]]  # a block's arguments after the hidden states
+
+
+class HiddenStates:
+    """The activations between two blocks, a window each (length, width): on the host, on disk, or on the device."""
+
+    def __init__(self, offload: str, device: torch.device) -> None:
+        if offload not in ("cpu", "disk", "none"):
+            raise UserError(f"--offload {offload} is unknown; use cpu, disk or none")
+        self.offload, self.device = offload, device
+        self.windows: dict[int, Tensor | Path] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="llmsparse-") if offload == "disk" else None
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def read(self, indices: range) -> Tensor:
+        """A batch of windows, (batch, length, width), on the device."""
+        stored = [self.windows[index] for index in indices]
+        return torch.stack([torch.load(s) if isinstance(s, Path) else s for s in stored]).to(self.device)
+
+    def write(self, indices: range, states: Tensor) -> None:
+        for index, window in zip(indices, states, strict=True):
+            if self._folder is not None:
+                path = Path(self._folder.name) / f"{index}.pt"
+                torch.save(window.cpu().clone(), path)
+                self.windows[index] = path
+            else:
+                self.windows[index] = window.to("cpu") if self.offload == "cpu" else window
+
+
+class Block:
+    """One decoder block with its weights in memory and the hidden states that enter it."""
+
+    def __init__(self, stream: "BlockStream", index: int) -> None:
+        self.stream, self.index = stream, index
+        self.name = f"{stream.skeleton.block_path}.{index}"
+        self.module: nn.Module = stream.skeleton.blocks[index]
+        self.weights = [w for w in stream.skeleton.weights if w.block == index]
+        self.views = stream.skeleton.views(self.weights)
+
+    def observe(self, kinds: dict[str, type]) -> Observer:
+        """Run every window through the block and gather statistics: weight name -> kind of statistics."""
+        mixture = any(weight.is_expert for weight in self.weights)  # an expert may see no token of a batch
+        while True:
+            observer = Observer({name: self.views[name] for name in kinds}, kinds, self.stream.device)
+            try:
+                for indices in self.stream.batches():
+                    observer.begin(stop_early=not mixture)
+                    with observer, suppress(Enough):
+                        self._forward(indices)
+                return observer
+            except torch.OutOfMemoryError:
+                self.stream.halve_batch()
+
+    def run(self) -> None:
+        """Replace the stream's hidden states by this block's outputs."""
+        done = 0
+        while done < len(self.stream.hidden):
+            indices = range(done, min(done + self.stream.batch_size, len(self.stream.hidden)))
+            try:
+                self.stream.hidden.write(indices, self._forward(indices))
+                done = indices.stop
+            except torch.OutOfMemoryError:
+                self.stream.halve_batch()
+
+    @torch.no_grad()
+    def _forward(self, indices: range) -> Tensor:
+        args, kwargs = self.stream.calls(len(indices))[self.index]
+        output = self.module(self.stream.hidden.read(indices), *args, **kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+class BlockStream:
+    """Iterate over the blocks of a checkpoint; each is read when its turn comes and dropped after.
+
+    ``windows`` is (samples, length) token ids. Before the first block the model's own forward is rehearsed
+    with every block replaced by a recorder, which yields the first hidden states and each block's own
+    arguments (masks, rotary embeddings), whatever the architecture.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, windows: Tensor, dtype: torch.dtype, device: torch.device,
+        batch_size: int = 1, offload: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.skeleton, self.dtype, self.device = skeleton, dtype, device
+        self.windows, self.batch_size = windows, batch_size
+        self.as_tuple = False  # whether blocks return a tuple, found by the rehearsal
+        self.hidden = HiddenStates(offload, device)
+        self.reader: Callable[[int], Any] = lambda index: (
+            None
+        )  # where block ``index`` is read; None: the source
+        self._calls: dict[int, list[Call]] = {}
+
+    def batches(self) -> Iterator[range]:
+        count = len(self.hidden)
+        return (range(i, min(i + self.batch_size, count)) for i in range(0, count, self.batch_size))
+
+    def halve_batch(self) -> None:
+        """Use half the windows a forward pass, after the device ran out of memory."""
+        if self.batch_size == 1:
+            raise UserError(
+                "out of memory with one window a forward pass; use a shorter --sequence-length, or --device cpu"
+            )
+        self.batch_size //= 2
+
+    def calls(self, size: int) -> list[Call]:
+        """Every block's other arguments for a batch of ``size`` windows."""
+        if size not in self._calls:
+            with self._outside(self.skeleton.model.base_model):
+                self._calls[size] = self._record(self.windows[:size])[1]
+        return self._calls[size]
+
+    def __iter__(self) -> Iterator[Block]:
+        self._rehearse()
+        for index in range(len(self.skeleton.blocks)):
+            name = f"{self.skeleton.block_path}.{index}"
+            self.skeleton.materialize(name, self.dtype, self.device, self.reader(index))
+            yield Block(self, index)
+            self.skeleton.release(name)
+            self.skeleton.checkpoint.close()
+
+    @contextmanager
+    def _outside(self, root: nn.Module) -> Iterator[None]:
+        """Everything of ``root`` but the blocks in memory."""
+        self.skeleton.materialize_outside(root, self.dtype, self.device)
+        try:
+            yield
+        finally:
+            self.skeleton.release(
+                next(name for name, module in self.skeleton.model.named_modules() if module is root)
+            )
+            self.skeleton.checkpoint.close()
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        with self._outside(self.skeleton.model.base_model):
+            for index, window in enumerate(self.windows):
+                first, calls = self._record(window[None])
+                self.hidden.write(range(index, index + 1), first)
+                known = self._calls.setdefault(1, calls)
+                if known is not calls and not _equal(known, calls):
+                    raise UserError(
+                        f"{self.skeleton.config.model_type} cannot be streamed: its blocks get arguments that depend on "
+                        "the tokens, besides the hidden states"
+                    )
+
+    @torch.no_grad()
+    def _record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """One rehearsal: the hidden states that enter the first block, and every block's other arguments."""
+        for as_tuple in (
+            False,
+            True,
+        ):  # what a block returns differs between architectures; only one of them fits
+            recorders = [_Recorder(as_tuple) for _ in self.skeleton.blocks]
+            with suppress(_Unfit), _replaced(self.skeleton.blocks, recorders):
+                self.skeleton.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+                states = [recorder.states for recorder in recorders]
+                first = states[0]
+                if first is not None and all(s is not None and _equal(s, first) for s in states):
+                    self.as_tuple = as_tuple
+                    return first, [recorder.call for recorder in recorders]
+        raise UserError(
+            f"{self.skeleton.config.model_type} cannot be streamed: a block's input is not the output of the one before"
+        )
+
+    @torch.no_grad()
+    def observe_outside(self, kinds: dict[str, type], weights: list[Weight]) -> Observer:
+        """Statistics of weights after the last block (``lm_head``), from the last block's outputs."""
+        model = self.skeleton.model
+        with self._outside(model):
+            model.tie_weights()
+            observer = Observer(self.skeleton.views(weights), kinds, self.device)
+            for index, window in enumerate(self.windows):
+                final = self.hidden.read(range(index, index + 1))
+                recorders = [_Recorder(self.as_tuple, final) for _ in self.skeleton.blocks]
+                observer.begin(stop_early=True)
+                with _replaced(self.skeleton.blocks, recorders), observer, suppress(Enough):
+                    model(input_ids=window[None].to(self.device), use_cache=False)
+            return observer
+
+
+class _Unfit(Exception):
+    """A recorder was given something that is no hidden state."""
+
+
+class _Recorder:
+    """Stands in for a block's forward: remembers its arguments and returns the hidden states unchanged."""
+
+    def __init__(self, as_tuple: bool, instead: Tensor | None = None) -> None:
+        self.as_tuple, self.instead = as_tuple, instead
+        self.states: Tensor | None = None
+        self.call: Call = ((), {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(kwargs)
+        states = args[0] if args else kwargs.pop("hidden_states", None)
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            raise _Unfit
+        self.states, self.call = states, (args[1:], kwargs)
+        result = states if self.instead is None else self.instead
+        return (result,) if self.as_tuple else result
+
+
+@contextmanager
+def _replaced(blocks: nn.ModuleList, recorders: list[_Recorder]) -> Iterator[None]:
+    for block, recorder in zip(blocks, recorders, strict=True):
+        block.forward = recorder
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    return type(first) is type(second)

@@ -1,0 +1,217 @@
+"""Write a checkpoint with the source's names and sharding, whole or not at all, resumable block by block."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint, file_sha256
+from llmsparse.errors import UserError
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "report.json")
+
+
+class Writer:
+    """Fill a hidden work folder beside OUT, then rename it to OUT.
+
+    Shard files get their header and full size first (a full disk shows at once); tensors go to their place in
+    any order. ``journal.jsonl`` holds the fingerprint of the run and one line for each finished block, written
+    after that block's bytes are on the disk.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, out: str | Path, overwrite: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self.out = Path(out).expanduser().absolute()
+        self.work = self.out.with_name(f".{self.out.name}.llmsparse-work")
+        self.journal = self.work / "journal.jsonl"
+        self.finished: dict[str, Any] = {}  # block name -> what its journal line recorded
+        self.offsets: dict[str, tuple[Path, int]] = {}
+        self.check_target(self.out, overwrite, checkpoint.folder)
+        self.overwrite = overwrite
+
+    @staticmethod
+    def check_target(out: str | Path, overwrite: bool, source: Path) -> None:
+        """Refuse an OUT that holds something, or that is the source itself."""
+        out = Path(out).expanduser().absolute()
+        if out.resolve() == source.resolve() or source.resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"{out} is the source checkpoint; the source is never changed, choose another OUT"
+            )
+        if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+            raise UserError(
+                f"{out} exists and is not empty; choose another OUT, or replace it with --overwrite"
+            )
+
+    def begin(self, fingerprint: dict[str, Any], resume: bool) -> None:
+        """Open the work folder, or with ``resume`` the one that an interrupted run left.
+
+        Raises:
+            UserError: nothing to resume, the earlier run differs (what, is said), or the disk is too small.
+        """
+        if resume:
+            self._resume(fingerprint)
+        else:
+            if self.work.exists():
+                shutil.rmtree(self.work)
+            self._check_space()
+            self.work.mkdir(parents=True)
+        for file, names in self._layout().items():
+            self._prepare(file, names, new=not resume)
+        if not resume:
+            self._append({"fingerprint": fingerprint})
+
+    def _resume(self, fingerprint: dict[str, Any]) -> None:
+        lines = self.journal.read_text().splitlines() if self.journal.is_file() else []
+        if not lines:
+            raise UserError(
+                f"there is no interrupted run to resume for {self.out} (looked for {self.journal})"
+            )
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the last line of a killed run
+        before = entries[0]["fingerprint"] if entries else {}
+        now = json.loads(json.dumps(fingerprint))
+        differ = [
+            f"{k}: was {before.get(k)!r}, is {now.get(k)!r}"
+            for k in {**before, **now}
+            if before.get(k) != now.get(k)
+        ]
+        if differ:
+            raise UserError(
+                "--resume continues only the same run; these differ from the interrupted one: "
+                f"{'; '.join(differ)}. Give the earlier options again, or start over without --resume"
+            )
+        self.finished = {entry["block"]: entry["record"] for entry in entries[1:]}
+        whole = "".join(json.dumps(entry) + "\n" for entry in entries)
+        self.journal.write_text(whole)
+
+    def _check_space(self) -> None:
+        needed = sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
+        parent = next(p for p in self.work.parents if p.exists())
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise UserError(
+                f"the disk is full: {self.out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {parent}"
+            )
+
+    def _layout(self) -> dict[str, list[str]]:
+        """Output file -> its tensors: the source's sharding, under safetensors names."""
+        layout: dict[str, list[str]] = {}
+        for name in self.checkpoint.names():
+            layout.setdefault(_target(self.checkpoint.location[name]), []).append(name)
+        return layout
+
+    def _prepare(self, file: str, names: list[str], new: bool) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            size = self.checkpoint.bytes(name)
+            dtype = DTYPE_NAMES[self.checkpoint.dtype(name)]
+            header[name] = {
+                "dtype": dtype,
+                "shape": list(self.checkpoint.shape(name)),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format's 8-byte alignment
+        for name in names:
+            self.offsets[name] = (self.work / file, 8 + len(text) + header[name]["data_offsets"][0])
+        if new:
+            with (self.work / file).open("wb") as stream:
+                stream.write(len(text).to_bytes(8, "little") + text)
+                stream.flush()
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(stream.fileno(), 0, 8 + len(text) + offset)
+                else:
+                    stream.truncate(8 + len(text) + offset)
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors of the source's names, shapes and dtypes in their place."""
+        touched = set()
+        for name, tensor in tensors.items():
+            path, offset = self.offsets[name]
+            data = tensor.detach().to("cpu").contiguous()
+            with path.open("r+b") as stream:
+                stream.seek(offset)
+                stream.write(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+            touched.add(path)
+        for path in touched:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Copy tensors as they are in the source."""
+        for name in names:
+            self.write({name: self.checkpoint.tensor(name)})
+
+    def finish_block(self, block: str, record: Any) -> None:
+        """Note that every tensor of ``block`` is written."""
+        self.finished[block] = record
+        self._append({"block": block, "record": record})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self.journal.open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def tensor(self, name: str) -> Tensor:
+        """Read back a tensor that was written."""
+        path, offset = self.offsets[name]
+        dtype, shape = self.checkpoint.dtype(name), self.checkpoint.shape(name)
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            data = bytearray(stream.read(self.checkpoint.bytes(name)))
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Copy the source's other files, add ``report.json`` and the index, and rename the work folder to OUT."""
+        self._copy_other_files()
+        self._write_index()
+        report["files"] = {f.name: file_sha256(f) for f in sorted(self.work.glob("*.safetensors"))}
+        (self.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        self.journal.unlink()
+        if self.out.is_dir() and any(self.out.iterdir()):
+            old = self.out.with_name(f".{self.out.name}.llmsparse-old")
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+            self.work.rename(self.out)
+            shutil.rmtree(old)
+        else:
+            self.work.rename(self.out)
+
+    def _copy_other_files(self) -> None:
+        for file in self.checkpoint.folder.iterdir():
+            if (
+                file.is_file()
+                and file.suffix not in WEIGHTS
+                and file.name not in INDEXES
+                and not file.name.startswith(".")
+            ):
+                shutil.copyfile(file, self.work / file.name)
+
+    def _write_index(self) -> None:
+        location = {name: _target(file) for name, file in self.checkpoint.location.items()}
+        if len(set(location.values())) > 1 or "model.safetensors" not in location.values():
+            total = sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(location.items()))}
+            (self.work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _target(file: str) -> str:
+    path = Path(file)
+    return (
+        file
+        if path.suffix == ".safetensors"
+        else path.stem.replace("pytorch_model", "model") + ".safetensors"
+    )
