@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -27,7 +28,7 @@ from transformers import (
 VOCAB = 128
 BOS, EOS, UNK = 0, 1, 2
 SPECIAL = ("<s>", "</s>", "<unk>")
-BASE = {
+BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "num_attention_heads": 4,
@@ -36,10 +37,10 @@ BASE = {
     "eos_token_id": EOS,
     "pad_token_id": None,
 }
-GATED = {**BASE, "intermediate_size": 64, "num_hidden_layers": 3, "num_key_value_heads": 2}
+GATED: dict[str, Any] = {**BASE, "intermediate_size": 64, "num_hidden_layers": 3, "num_key_value_heads": 2}
 
 
-def _rotary(**options: object) -> dict[str, object]:
+def _rotary(**options: Any) -> dict[str, Any]:
     return {**GATED, "head_dim": 8, **options}
 
 
