@@ -122,6 +122,15 @@ def _prune_blocks(
         job.skeleton, processes.share(text.windows), job.dtype, job.device,
         batch_size=_batch_size(job), offload=job.recipe.offload,
     )  # fmt: skip
+    try:
+        return _stream_blocks(job, stream, writer, processes, phases, progress)
+    finally:
+        stream.hidden.close()
+
+
+def _stream_blocks(
+    job: Job, stream: BlockStream, writer: Writer, processes: Processes, phases: Phases, progress: Any
+) -> list[dict[str, Any]]:
     path, count = job.skeleton.block_path, len(job.skeleton.blocks)
     stream.reader = lambda index: (
         writer if f"{path}.{index}" in writer.finished and processes.is_main else None

@@ -164,10 +164,11 @@ class Skeleton:
 
     def release(self, prefix: str) -> None:
         """Send the parameters under ``prefix`` back to the meta device."""
-        for module in self.model.get_submodule(prefix).modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and not parameter.is_meta:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        _to_meta(self.model.get_submodule(prefix), None)
+
+    def release_outside(self, root: nn.Module) -> None:
+        """The same for everything in ``root`` but the blocks."""
+        _to_meta(root, self.blocks)
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -240,3 +241,12 @@ class Skeleton:
                 )
             views[name] = tensor.view(experts * rows, columns)[int(found[0]) : int(found[-1]) + 1]
         return views
+
+
+def _to_meta(root: nn.Module, without: nn.Module | None) -> None:
+    for name, parameter in root._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            root._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    for child in root.children():
+        if child is not without:
+            _to_meta(child, without)

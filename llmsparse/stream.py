@@ -29,6 +29,12 @@ class HiddenStates:
     def __len__(self) -> int:
         return len(self.windows)
 
+    def close(self) -> None:
+        """Forget the windows, and delete what was put on disk."""
+        self.windows.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
     def read(self, indices: range) -> Tensor:
         """A batch of windows, (batch, length, width), on the device."""
         stored = [self.windows[index] for index in indices]
@@ -142,9 +148,7 @@ class BlockStream:
         try:
             yield
         finally:
-            self.skeleton.release(
-                next(name for name, module in self.skeleton.model.named_modules() if module is root)
-            )
+            self.skeleton.release_outside(root)
             self.skeleton.checkpoint.close()
 
     @torch.no_grad()
@@ -219,13 +223,17 @@ class _Recorder:
 
 @contextmanager
 def _replaced(blocks: nn.ModuleList, recorders: list[_Recorder]) -> Iterator[None]:
+    before = [block.__dict__.get("forward") for block in blocks]
     for block, recorder in zip(blocks, recorders, strict=True):
         block.forward = recorder
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _equal(first: Any, second: Any) -> bool:
