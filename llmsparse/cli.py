@@ -1,0 +1,302 @@
+"""The command line: each command is a shell over a public function, its options taken from the signature."""
+
+import ast
+import contextlib
+import errno
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import cached_property
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand
+
+from llmsparse import plugins
+from llmsparse.errors import UserError
+from llmsparse.progress import progress_for
+from llmsparse.recipe import Recipe
+
+
+class Shell(NamedTuple):
+    """A command: the module and the name of its function, and a line of help."""
+
+    module: str
+    function: str
+    help: str
+
+    def load(self) -> Callable[..., dict[str, Any]]:
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+SHELLS = {
+    "prune": Shell("llmsparse.prune", "prune", "Prune MODEL, a hub id or a folder, into the new folder OUT."),
+    "plan": Shell("llmsparse.plan", "plan", "What prune would do and cost, without loading a weight."),
+    "eval": Shell(
+        "llmsparse.eval.evaluate", "evaluate", "Perplexity of MODEL, alone or against a dense model."
+    ),
+    "inspect": Shell(
+        "llmsparse.inspect", "inspect", "The zeros of MODEL: sparsity and n:m pattern of each weight."
+    ),
+    "list": Shell("llmsparse.cli", "choices", "What there is to choose from: solvers, patterns..."),
+    "demo": Shell("llmsparse.demo", "demo", "Prune a small model each way; its perplexity before and after."),
+}
+PYTHON_ONLY = {"progress"}  # parameters that are no options
+EXAMPLES = ("50%", "1:4", "2:4", "3:4", "4:8", "8:16")
+METAVARS = {
+    "set": "KEY=VALUE",
+    "skip": "REGEX",
+    "include": "REGEX",
+    "recipe": "FILE",
+    "keep": "FOLDER",
+    "against": "MODEL",
+}
+HELP = {
+    "model": "a hub id (owner/name) or a local folder",
+    "out": "the folder to write; it appears whole or not at all",
+    "recipe": "YAML file of these options; options given here win",
+    "resume": "continue a run that was cut off",
+    "overwrite": "replace OUT if it exists",
+    "data": "wikitext2, builtin, a file, or a hub dataset id[:config][:split]",
+    "context": "tokens a window",
+    "windows": "score only the first so many windows",
+    "against": "a dense model to compare with: KL divergence, top-1 agreement",
+    "keep": "where the pruned checkpoints stay (default: they are removed)",
+    "kind": "solvers, patterns... (default: everything)",
+    "json": "print one JSON document on standard output and nothing else there",
+}
+HELP = {field.name: field.metadata["help"] for field in fields(Recipe)} | HELP
+HELP_OF = {  # where a name means less than it does to prune
+    ("eval", "batch_size"): "windows a forward pass",
+    ("demo", "samples"): "calibration windows",
+    ("demo", "sequence_length"): "tokens a window",
+    ("demo", "windows"): "windows that are scored",
+}
+
+
+def choices(kind: str | None = None) -> dict[str, Any]:
+    """What there is to choose from: ``{kind: [{"name", "about"}]}``; of one kind, or of all.
+
+    A plug-in's line is the first of its file, read without importing it. Raises UserError on an unknown kind.
+    """
+    known = ["patterns", *plugins.kinds()]
+    if kind is not None and kind not in known:
+        raise UserError(f"kind {kind!r} is unknown; known: {', '.join(known)}")
+    return {k: _patterns() if k == "patterns" else _plugins(k) for k in known if kind in (None, k)}
+
+
+def _plugins(kind: str) -> list[dict[str, str]]:
+    source = {name: (plugins.ROOT / kind / f"{name}.py").read_text("utf-8") for name in plugins.names(kind)}
+    about = {name: ast.get_docstring(ast.parse(text)) or "" for name, text in source.items()}
+    return [{"name": name, "about": text.partition("\n")[0]} for name, text in about.items()]
+
+
+def _patterns() -> list[dict[str, str]]:
+    from llmsparse.pattern import describe, parse
+
+    described = {text: describe(parse(text)).partition(" (")[2].rstrip(")") for text in EXAMPLES}
+    other = {
+        "n:m": "any other: n kept of m consecutive inputs",
+        "p%": "p percent zero, anywhere (see --scope)",
+    }
+    return [{"name": name, "about": about} for name, about in (described | other).items()]
+
+
+class LazyCommand(TyperCommand):
+    """A command that imports its function, which may import torch, only when its options are needed."""
+
+    @cached_property
+    def _command(self) -> Any:
+        alone = typer.Typer(add_completion=False)
+        alone.command(self.name)(shell_function(str(self.name)))
+        return typer.main.get_command(alone)
+
+    @property
+    def params(self) -> list[Any]:
+        return self._command.params
+
+    @params.setter
+    def params(self, value: list[Any]) -> None:
+        """The placeholder's options: none."""
+
+    def invoke(self, ctx: Any) -> Any:
+        return self._command.invoke(ctx)
+
+
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The function's parameters; ``**options`` stands for the fields of a recipe."""
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Recipe)
+    ]
+    own = inspect.signature(function).parameters.values()
+    return [p for o in own for p in (options if o.kind is inspect.Parameter.VAR_KEYWORD else [o])]
+
+
+def shell_function(command: str) -> Callable[..., None]:
+    """A function for typer whose parameters are those of the command's public function, and ``--json``."""
+    parameters = [p for p in parameters_of(SHELLS[command].load()) if p.name not in PYTHON_ONLY]
+
+    def shell(ctx: typer.Context, **values: Any) -> None:
+        as_json = values.pop("json")
+        given = {k: v for k, v in values.items() if _given(ctx, k)}
+        run(command, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, as_json)
+
+    shown = [_typer_parameter(p, HELP_OF.get((command, p.name), HELP.get(p.name))) for p in parameters]
+    shown.append(_option("json", bool, False, HELP["json"]))
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    shell.__signature__ = inspect.Signature([context, *shown])  # type: ignore[attr-defined]
+    shell.__annotations__ = {p.name: p.annotation for p in [context, *shown]}
+    return shell
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _typer_parameter(parameter: inspect.Parameter, text: str | None) -> inspect.Parameter:
+    """Positional and without default, or the model: an argument; else an option."""
+    required = parameter.default is inspect.Parameter.empty
+    kind, name = _type(parameter.annotation), parameter.name
+    if not required and name not in ("model", "kind"):
+        return _option(name, kind, parameter.default, text)
+    default = typer.Argument(
+        ... if required else parameter.default, help=text, show_default=False, metavar=name.upper()
+    )
+    return _keyword(name, kind if required else kind | None, default)
+
+
+def _option(name: str, kind: Any, default: Any, text: str | None) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    if get_origin(kind) is list:
+        option = typer.Option(list(default), flag, help=text, metavar=METAVARS.get(name))
+        return _keyword(name, kind, option)
+    option = typer.Option(default, flag, help=text, metavar=METAVARS.get(name))
+    return _keyword(name, kind | None if default is None else kind, option)
+
+
+def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _type(annotation: Any) -> Any:
+    """What is read for an annotation: ``int | None`` is int, a tuple is a list of text, a path is text."""
+    if get_origin(annotation) in (tuple, list):
+        return list[str]
+    found = [a for a in (annotation, *get_args(annotation)) if a in (bool, int, float)]
+    return found[0] if found and str not in get_args(annotation) else str
+
+
+def run(command: str, given: dict[str, Any], as_json: bool) -> None:
+    """Call the command's function with the options given, and show its result; errors become one line."""
+    speaks = os.environ.get("RANK", "0") in ("", "0")  # of several processes the first one speaks
+    progress = progress_for(sys.stderr, as_json or not speaks)
+    function = SHELLS[command].load()
+    if "progress" in inspect.signature(function).parameters:
+        given = {**given, "progress": progress}
+    with _streams(speaks, as_json):
+        try:
+            with progress:
+                result = function(**given)
+        except KeyboardInterrupt:
+            resumable = "; run the same command with --resume to continue" if command == "prune" else ""
+            _end(f"interrupted{resumable}", 130)
+        except Exception as error:
+            if (explanation := explain(error, given)) is None:
+                raise
+            _end(f"error: {explanation}", 2)
+    if speaks:
+        _print(command, result, as_json)
+
+
+def explain(error: Exception, given: dict[str, Any]) -> str | None:
+    """One line for an error that is the user's to solve; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    full = "No space left on device" in text or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full:  # safetensors and torch wrap the system's error in their own
+        where = f" while writing {given['out']}" if "out" in given else ""
+        return f"disk full{where} ({text}); free some space, then run the same command with --resume"
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        return f"{text}; choose a place that you may read and write"
+    return None
+
+
+def _end(line: str, code: int) -> NoReturn:
+    typer.echo(line, err=True)
+    raise typer.Exit(code) from None
+
+
+@contextlib.contextmanager
+def _streams(speaks: bool, as_json: bool) -> Iterator[None]:
+    """Keep what libraries print off standard output in front of JSON, and a silent process silent."""
+    with contextlib.ExitStack() as stack:
+        if not speaks:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        elif as_json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def _print(command: str, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(_finite(result), indent=2, default=str, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from llmsparse.render import SHOW
+
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width; rich would take 80
+    Console(file=sys.stdout, width=width).print(SHOW[command](result))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither infinity nor NaN: null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from llmsparse import __version__
+
+        typer.echo(f"llmsparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="Prune a language model with one command.")
+def _main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="the version"),
+) -> None:
+    """Before a command imports anything: the hub's and datasets' bars are quiet where ours is."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _placeholder() -> None:
+    """What typer registers; LazyCommand puts the command in its place."""
+
+
+for _name, _shell in SHELLS.items():
+    app.command(_name, cls=LazyCommand, help=_shell.help)(_placeholder)

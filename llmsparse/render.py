@@ -1,0 +1,196 @@
+"""What each command's result looks like on a terminal."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Row = dict[str, Any]
+
+
+def prune(report: Row) -> RenderableType:
+    """A line for each kind of weight, then coverage, cost, place, and what to do next."""
+    seconds, peak = report["seconds"], report["peak_memory"]
+    lines = [
+        f"{_coverage(report['coverage'])}; {_zeros(report['weights']):.2%} of them are zero",
+        f"{_seconds(sum(seconds.values()))} ({', '.join(f'{k} {_seconds(v)}' for k, v in seconds.items())}), "
+        f"peak memory {_bytes(max(peak.values(), default=0))}",
+        *(f"warning: {text}" for text in report.get("warnings", ())),
+        f"written to {report['out']}; its report is {report['out']}/report.json",
+        f"next: llmsparse eval {report['out']} --against {report['model']}",
+    ]
+    return Group(_kinds(report["weights"], measured=True), *map(Text, lines))
+
+
+def plan(result: Row) -> RenderableType:
+    """A line for each kind of weight, then coverage and the expected cost."""
+    lines = [
+        _coverage(result["coverage"]),
+        f"solver {result['solver']}, calibration {_value(result['calibration'])}",
+        f"reads {_bytes(result['read_bytes'])}, writes {_bytes(result['write_bytes'])}",
+        f"expected peak memory: host {_bytes(result['peak_host_bytes'])}, "
+        f"device {_bytes(result['peak_device_bytes'])}; expected time {_seconds(result['seconds_estimate'])}",
+        *(f"warning: {text}" for text in result.get("warnings", ())),
+    ]
+    return Group(_kinds(result["weights"], measured=False), *map(Text, lines))
+
+
+def evaluate(result: Row) -> RenderableType:
+    """The perplexity and what it was measured on."""
+    bos = result["bos"]["text"] if isinstance(result["bos"], dict) else result["bos"]
+    lines = [
+        f"perplexity {result['perplexity']:.4f} ± {_number(result.get('standard_error'))} (standard error)"
+    ]
+    if result.get("kl") is not None:
+        lines.append(
+            f"against the dense model: KL {result['kl']:.5f} ± {_number(result.get('kl_standard_error'))}, "
+            f"top-1 agreement {result['top1_agreement']:.2%}"
+        )
+    lines += [
+        f"{result['tokens']} tokens scored in {result['windows']} windows of {result['context']}; BOS: {bos}",
+        f"data {result['data']}, sha256 {result['data_sha256']}",
+    ]
+    return Group(*map(Text, lines))
+
+
+def inspect(result: Row) -> RenderableType:
+    """Every weight, then the totals."""
+    rows = [
+        (w["name"], _shape(w["shape"]), w["dtype"], f"{w['sparsity']:.2%}", w["pattern"] or "")
+        for w in result["weights"]
+    ]
+    totals = result["totals"]
+    lines = [
+        f"zeros: {totals['weight_sparsity']:.2%} of {totals['weight_parameters']:,} in these weights, "
+        f"{totals['sparsity']:.2%} of all {totals['parameters']:,} parameters"
+    ]
+    if totals["negative_zeros"]:
+        lines.append(f"{totals['negative_zeros']:,} of the zeros are -0.0")
+    headings = ("weight", "shape", "dtype", "zeros >", "strictest n:m (n kept)")
+    return Group(_table(headings, rows), *map(Text, lines))
+
+
+def choices(result: Row) -> RenderableType:
+    """A table for each kind: its names, and what each is."""
+    tables = (
+        _table((kind, ""), [(row["name"], row["about"]) for row in rows]) for kind, rows in result.items()
+    )
+    return Group(*tables)
+
+
+def demo(result: Row) -> RenderableType:
+    """The table that the demonstration lays out itself."""
+    from llmsparse.demo import show
+
+    return show(result)
+
+
+SHOW: dict[str, Callable[[Row], RenderableType]] = {
+    "prune": prune,
+    "plan": plan,
+    "eval": evaluate,
+    "inspect": inspect,
+    "list": choices,
+    "demo": demo,
+}
+
+
+def _kinds(weights: list[Row], measured: bool) -> Table:
+    """One line for all weights whose names differ in numbers only and that have the same pattern."""
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for weight in weights:
+        name = re.sub(r"\b\d+\b", "*", weight["name"].removesuffix(".weight"))
+        kinds.setdefault((name, weight["pattern"]), []).append(weight)
+    headings: tuple[str, ...] = ("weights", "pattern", "count >", "shape")
+    if measured:
+        headings += ("zeros >", "relative output error >")
+    rows = []
+    for (name, pattern), members in kinds.items():
+        shapes = dict.fromkeys(_shape(w["shape"]) for w in members)
+        row: tuple[str, ...] = (name, _keeps(pattern), str(len(members)), ", ".join(shapes))
+        if measured:
+            row += (
+                _range((w["sparsity"] for w in members), "{:.1%}"),
+                _range((w.get("error") for w in members), "{:.4f}"),
+            )
+        rows.append(row)
+    return _table(headings, rows)
+
+
+def _keeps(pattern: str) -> str:
+    """``1:4 (keeps 25 %)``; any other pattern as it is."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return f"{pattern} (keeps {100 * int(match[1]) / int(match[2]):.4g} %)" if match else pattern
+
+
+def _coverage(coverage: Row) -> str:
+    pruned, linear, everything = (coverage[f"{k}_parameters"] for k in ("pruned", "linear", "all"))
+    return (
+        f"pruned weights hold {pruned:,} parameters: {pruned / max(linear, 1):.1%} of all linear, "
+        f"{pruned / max(everything, 1):.1%} of all parameters"
+    )
+
+
+def _zeros(weights: list[Row]) -> float:
+    sizes = [math.prod(w["shape"]) for w in weights]
+    zeros = sum(w["sparsity"] * size for w, size in zip(weights, sizes, strict=True))
+    return zeros / max(sum(sizes), 1)
+
+
+def _range(values: Iterable[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    ends = dict.fromkeys((form.format(min(known)), form.format(max(known))))
+    return " to ".join(ends)
+
+
+def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+    """A table; a heading that ends in " >" is of numbers."""
+    table = Table()
+    for heading in headings:
+        table.add_column(
+            Text(heading.removesuffix(" >")),
+            justify="right" if heading.endswith(" >") else "left",
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_value(v)}" for k, v in value.items())
+    return "none" if value is None else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return "unknown"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

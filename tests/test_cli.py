@@ -1,0 +1,375 @@
+"""The command line: the functions' own options; output and exit codes that a script can rely on."""
+
+import errno
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from llmsparse import __version__, plugins
+from llmsparse.cli import PYTHON_ONLY, SHELLS, app, parameters_of
+from llmsparse.errors import UserError
+from llmsparse.recipe import Recipe
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+WEIGHTS = [
+    {"name": f"model.layers.{i}.mlp.up_proj", "shape": [8, 4], "pattern": "1:4", "sparsity": 0.75, "error": e}
+    for i, e in ((0, 0.125), (1, 0.25))
+]
+COVERAGE = {"pruned_parameters": 64, "linear_parameters": 128, "all_parameters": 256}
+REPORT = {
+    "model": "some/model",
+    "out": "pruned",
+    "weights": WEIGHTS,
+    "coverage": COVERAGE,
+    "seconds": {"observe": 60.0, "solve": 61.0},
+    "peak_memory": {"observe": 3 << 20, "solve": 5 << 20},
+    "warnings": ["layer [0] saw few tokens"],
+}
+PLAN = {
+    "model": "some/model",
+    "weights": WEIGHTS,
+    "coverage": COVERAGE,
+    "read_bytes": 2048,
+    "write_bytes": 1024,
+    "peak_host_bytes": 3 << 30,
+    "peak_device_bytes": 0,
+    "seconds_estimate": 8000.0,
+    "solver": "wanda",
+    "calibration": "builtin, 64 x 512",
+}
+FIGURES = {
+    "model": "pruned",
+    "data": "wikitext2",
+    "perplexity": 12.345678,
+    "standard_error": 0.25,
+    "tokens": 1022,
+    "windows": 2,
+    "context": 512,
+    "bos": "none",
+    "data_sha256": "ab" * 32,
+}
+ZEROS = {
+    "weights": [{"name": "w", "shape": [8, 4], "dtype": "bfloat16", "sparsity": 0.5, "pattern": "2:4"}],
+    "totals": {
+        "weight_sparsity": 0.5,
+        "weight_parameters": 32,
+        "sparsity": 0.25,
+        "parameters": 64,
+        "negative_zeros": 3,
+    },
+}
+
+
+class Stub:
+    """Stands in for a public function, with its signature; remembers its arguments and returns or raises."""
+
+    def __init__(self, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        shell = SHELLS[command]
+        module = importlib.import_module(shell.module)
+        self.__signature__ = inspect.signature(getattr(module, shell.function))
+        self.given: dict[str, Any] | None = None
+        self.answer: Any = None
+        monkeypatch.setattr(module, shell.function, self)
+
+    def __call__(self, **given: Any) -> Any:
+        self.given = given
+        print("a library prints this")
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stub:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    return Stub(getattr(request, "param", "prune"), monkeypatch)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def option_names(command: str) -> dict[str, Any]:
+    return {p.name: p for p in COMMANDS[command].params}
+
+
+# Options
+
+
+@pytest.mark.parametrize("command", SHELLS)
+def test_a_commands_options_are_its_functions_parameters(command: str) -> None:
+    parameters = inspect.signature(SHELLS[command].load()).parameters
+    assert command in ("prune", "plan") or "options" not in parameters
+    expected = {p.name: p for p in parameters_of(SHELLS[command].load()) if p.name not in PYTHON_ONLY}
+    assert set(parameters) - {"options"} <= set(expected) | PYTHON_ONLY
+    shown = option_names(command)
+    assert [*shown] == [*expected, "json"]
+    for name, parameter in expected.items():
+        default = parameter.default
+        if default is inspect.Parameter.empty:
+            assert shown[name].required and shown[name].param_type_name == "argument"
+            continue
+        assert not shown[name].required
+        assert shown[name].default == (list(default) if isinstance(default, tuple) else default)
+        if shown[name].param_type_name == "option":
+            assert shown[name].opts == ["--" + name.replace("_", "-")] and not shown[name].secondary_opts
+            assert shown[name].multiple == isinstance(default, tuple)
+            assert shown[name].is_flag == isinstance(default, bool)
+
+
+@pytest.mark.parametrize("command", SHELLS)
+def test_every_option_says_what_it_is_for(command: str) -> None:
+    assert [name for name, parameter in option_names(command).items() if not parameter.help] == []
+
+
+@pytest.mark.parametrize("command", ["prune", "plan"])
+def test_prune_and_plan_offer_every_field_of_a_recipe(command: str) -> None:
+    assert {f.name for f in fields(Recipe)} | {"recipe"} <= set(option_names(command))
+
+
+def test_only_options_that_were_given_are_passed_so_that_a_recipe_can_hold_the_rest(stub: Stub) -> None:
+    stub.answer = REPORT
+    assert invoke("prune", "some/model", "out", "--recipe", "r.yaml", "--seed", "0").exit_code == 0
+    assert stub.given is not None
+    stub.given.pop("progress")
+    assert stub.given == {"model": "some/model", "out": "out", "recipe": "r.yaml", "seed": 0}
+
+
+def test_every_kind_of_option_arrives_in_its_type(stub: Stub) -> None:
+    stub.answer = REPORT
+    line = (
+        "--pattern 50% --pattern mlp=2:4 --set damping=0.02 --set chunk=64 --skip a --include lm_head "
+        "--samples 4 --resume --overwrite --trust-remote-code --batch-size auto --cache-dir there"
+    )
+    assert invoke("prune", "m", "o", *line.split()).exit_code == 0
+    assert stub.given is not None
+    assert stub.given.pop("progress") is not None
+    assert stub.given == {
+        "model": "m",
+        "out": "o",
+        "pattern": ("50%", "mlp=2:4"),
+        "set": ("damping=0.02", "chunk=64"),
+        "skip": ("a",),
+        "include": ("lm_head",),
+        "samples": 4,
+        "resume": True,
+        "overwrite": True,
+        "trust_remote_code": True,
+        "batch_size": "auto",
+        "cache_dir": "there",
+    }
+
+
+@pytest.mark.parametrize("line", ["prune m", "prune m o --no-resume", "prune m o --samples many", "inspect"])
+def test_wrong_usage_exits_with_2_and_writes_nothing_to_stdout(line: str) -> None:
+    result = invoke(*line.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error" in result.stderr
+
+
+# Errors
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_users_error_is_one_line_on_stderr_and_exit_code_2(stub: Stub, flags: list[str]) -> None:
+    stub.answer = UserError("pattern '[2:9' is unknown;\n use 2:4")
+    result = invoke("prune", "m", "o", *flags)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "error: pattern '[2:9' is unknown; use 2:4"
+    assert "Traceback" not in result.output and "error" not in result.stdout
+
+
+@pytest.mark.parametrize("stub, hint", [("prune", True), ("plan", False)], indirect=["stub"])
+def test_an_interrupted_prune_says_how_to_go_on(stub: Stub, hint: bool) -> None:
+    stub.answer = KeyboardInterrupt()
+    result = invoke(*(["prune", "m", "o"] if hint else ["plan", "m"]))
+    assert result.exit_code == 130
+    expected = "interrupted; run the same command with --resume to continue" if hint else "interrupted"
+    assert result.stderr == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_to_be_one(stub: Stub, error: Exception) -> None:
+    stub.answer = error
+    result = invoke("prune", "m", "out")
+    assert result.exit_code == 2
+    assert re.fullmatch(
+        r"error: disk full while writing out \(.*\); free some space, .* --resume\n", result.stderr
+    )
+
+
+def test_a_forbidden_folder_is_a_users_error(stub: Stub) -> None:
+    stub.answer = PermissionError(errno.EACCES, "Permission denied", "out")
+    result = invoke("prune", "m", "out")
+    assert result.exit_code == 2
+    assert "Permission denied: 'out'; choose a place that you may read and write" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback(stub: Stub) -> None:
+    stub.answer = ZeroDivisionError("a bug")
+    result = invoke("prune", "m", "o")
+    assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
+
+
+# Output
+
+
+def test_json_is_all_that_stdout_holds(stub: Stub) -> None:
+    stub.answer = {**REPORT, "peak": float("inf"), "nan": [float("nan")], "path": Path("x"), "text": "é ±"}
+    result = invoke("prune", "m", "o", "--json")
+    document = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert document == {**REPORT, "peak": None, "nan": [None], "path": "x", "text": "é ±"}
+    assert "a library prints this" in result.stderr
+
+
+def test_processes_other_than_the_first_are_silent(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for answer, flags, code in ((REPORT, [], 0), (REPORT, ["--json"], 0), (UserError("no"), [], 2)):
+        stub.answer = answer
+        result = invoke("prune", "m", "o", *flags)
+        assert (result.exit_code, result.stdout, result.stderr) == (code, "", "")
+    monkeypatch.setenv("RANK", "0")
+    stub.answer = REPORT
+    assert "written to" in invoke("prune", "m", "o").stdout
+
+
+def test_prune_shows_kinds_of_weights_errors_coverage_cost_and_what_is_next(stub: Stub) -> None:
+    stub.answer = REPORT
+    shown = invoke("prune", "m", "o").stdout
+    for expected in (
+        "model.layers.*.mlp.up_proj",
+        "1:4 (keeps 25 %)",
+        "75.0%",
+        "0.1250 to 0.2500",
+        "64 parameters: 50.0% of all linear, 25.0% of all parameters; 75.00% of them are zero",
+        "2 min (observe 1 min, solve 1 min), peak memory 5 MiB",
+        "warning: layer [0] saw few tokens",
+        "written to pruned",
+        "next: llmsparse eval pruned --against some/model",
+    ):
+        assert expected in shown
+
+
+@pytest.mark.parametrize("stub", ["plan"], indirect=True)
+def test_plan_shows_coverage_bytes_memory_and_time(stub: Stub) -> None:
+    stub.answer = PLAN
+    shown = invoke("plan", "m").stdout
+    for expected in (
+        "solver wanda, calibration builtin",
+        "reads 2 KiB, writes 1 KiB",
+        "host 3 GiB",
+        "2 h 13 min",
+    ):
+        assert expected in shown
+
+
+@pytest.mark.parametrize("stub", ["eval"], indirect=True)
+def test_eval_shows_the_figure_with_its_error_and_what_it_was_measured_on(stub: Stub) -> None:
+    stub.answer = FIGURES
+    shown = invoke("eval", "m").stdout
+    for expected in (
+        "perplexity 12.3457 ± 0.25",
+        "1022 tokens scored in 2 windows of 512; BOS: none",
+        "ab" * 32,
+    ):
+        assert expected in shown
+    assert "top-1" not in shown
+    stub.answer = {
+        **FIGURES,
+        "standard_error": None,
+        "kl": 0.5,
+        "kl_standard_error": 0.01,
+        "top1_agreement": 0.75,
+    }
+    shown = invoke("eval", "m", "--against", "dense").stdout
+    assert "KL 0.50000 ± 0.01" in shown and "top-1 agreement 75.00%" in shown and "± ?" in shown
+
+
+@pytest.mark.parametrize("stub", ["inspect"], indirect=True)
+def test_inspect_shows_weights_and_totals(stub: Stub) -> None:
+    stub.answer = ZEROS
+    shown = invoke("inspect", "m").stdout
+    for expected in (
+        "8 x 4",
+        "bfloat16",
+        "2:4",
+        "50.00% of 32",
+        "25.00% of all 64",
+        "3 of the zeros are -0.0",
+    ):
+        assert expected in shown
+
+
+@pytest.mark.parametrize("stub", ["demo"], indirect=True)
+def test_demo_takes_any_model_and_shows_its_own_table(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["llmsparse.demo"], "show", lambda result: f"table of {result['model']}")
+    stub.answer = {"model": "some/model"}
+    assert "table of some/model" in invoke("demo", "some/model", "--windows", "3").stdout
+    assert stub.given is not None and (stub.given["model"], stub.given["windows"]) == ("some/model", 3)
+
+
+# list, --version, --help
+
+
+def test_list_names_the_folders_plugins_without_importing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "load", pytest.fail)
+    result = json.loads(invoke("list", "solvers", "--json").stdout)
+    assert [row["name"] for row in result["solvers"]] == plugins.names("solvers")
+    assert all(row["about"] for row in result["solvers"])
+
+
+def test_list_says_what_each_pattern_keeps() -> None:
+    shown = invoke("list", "patterns").stdout
+    assert re.search(r"1:4 .*keeps 25 %", shown) and re.search(r"3:4 .*keeps 75 %", shown)
+
+
+def test_list_of_everything_has_every_kind_and_an_unknown_kind_names_them() -> None:
+    assert sorted(json.loads(invoke("list", "--json").stdout)) == sorted(["patterns", *plugins.kinds()])
+    result = invoke("list", "sovlers")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: kind 'sovlers' is unknown; known: patterns, ")
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout == f"llmsparse {__version__}\n"
+    shown = invoke("--help").stdout
+    assert all(command in shown and shell.help in shown for command, shell in SHELLS.items())
+
+
+def test_version_and_help_import_no_torch() -> None:
+    code = (
+        "import sys; from llmsparse.cli import app\n"
+        "for arguments in (['--version'], ['--help'], ['list', 'solvers']):\n"
+        "    app(arguments, standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_python_m_llmsparse_is_the_same_command_line() -> None:
+    result = subprocess.run([sys.executable, "-m", "llmsparse", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        f"llmsparse {__version__}\n",
+        "",
+    )
