@@ -22,7 +22,9 @@ class Observer(TorchFunctionMode):
     (q, k and v; gate and up) share one object.
     """
 
-    def __init__(self, views: dict[str, Tensor], kinds: dict[str, type], device: torch.device) -> None:
+    def __init__(
+        self, views: dict[str, Tensor], kinds: dict[str, type[Statistics]], device: torch.device
+    ) -> None:
         super().__init__()
         self.kinds, self.device = kinds, device
         self.shared: dict[str, str] = {}  # weight name -> the weight whose statistics it shares
@@ -42,7 +44,7 @@ class Observer(TorchFunctionMode):
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         inputs, operand = _operands(function, args, kwargs or {})
-        if operand is not None and (watched := self._watched(operand)):
+        if inputs is not None and operand is not None and (watched := self._watched(operand)):
             self._observe(watched, inputs)
             self._left.difference_update(watched)
             if self._stop and not self._left:

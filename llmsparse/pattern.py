@@ -139,8 +139,10 @@ def parse(text: str, scope: str | None = None) -> Unstructured | NM:
     )
 
 
-def describe(pattern: Unstructured | NM) -> str:
+def describe(pattern: Pattern) -> str:
     """The pattern for a reader, with what it keeps: ``1:4 (keeps 25 %)``."""
     if isinstance(pattern, NM):
         return f"{pattern} (keeps {100 * pattern.n / pattern.m:.4g} %)"
-    return f"{pattern} (keeps {100 * (1 - pattern.sparsity):.4g} %)"
+    if isinstance(pattern, Unstructured):
+        return f"{pattern} (keeps {100 * (1 - pattern.sparsity):.4g} %)"
+    return str(pattern)

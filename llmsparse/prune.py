@@ -1,7 +1,6 @@
 """Prune a checkpoint block by block: the program in one function, `prune`."""
 
 import inspect
-import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,8 @@ def _prune_without_data(
     job: Job, writer: Writer, processes: Processes, phases: Phases, progress: Any
 ) -> list[dict[str, Any]]:
     """A data-free solver needs no forward pass: weights are read, solved and written block by block."""
-    path, records = job.skeleton.block_path, []
+    path = job.skeleton.block_path
+    records: list[dict[str, Any]] = []
     blocks = [*range(len(job.skeleton.blocks)), *([None] if job.weights[-1].block is None else [])]
     progress.start("pruning", len(blocks))
     for index in blocks:
@@ -213,7 +213,7 @@ def _solve_and_write(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Solve ``weights`` from the source's own values, put the results into the model and on the disk."""
     disk: dict[str, Tensor] = {}
-    records = []
+    records: list[dict[str, Any]] = []
     leaders = {w.name: (observer.shared.get(w.name, w.name) if observer else w.name) for w in weights}
     order = {leader: number for number, leader in enumerate(dict.fromkeys(leaders.values()))}
     for weight in weights:
@@ -229,6 +229,7 @@ def _solve_and_write(
             if processes.count > 1:
                 record = processes.gather(record)[owner]
                 stored.copy_(processes.broadcast(stored.contiguous().to(job.device), owner))
+        assert record is not None
         records.append(record)
         if weight.name in views:
             views[weight.name].copy_(stored)
@@ -242,7 +243,7 @@ def _solve_and_write(
 def _solve(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> dict[str, Any]:
     """Prune one weight in place (``stored``, a view (out, in) of its disk tensor) and say how it went."""
     pattern = job.patterns[weight.name]
-    dense = stored.to(job.device, torch.float32)
+    dense = stored.to(job.device, torch.float32, copy=True)
     notes: dict[str, Any] = {}
     if job.solver.statistics is None:
         solution = job.solver(dense, None, pattern)

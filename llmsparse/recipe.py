@@ -7,6 +7,8 @@ from typing import Any
 
 from llmsparse.errors import UserError
 
+OFFLOADS = ("cpu", "disk", "none")
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -52,6 +54,8 @@ class Recipe:
         for name in ("samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.offload not in OFFLOADS:
+            raise UserError(f"--offload {self.offload} is unknown; use {', '.join(OFFLOADS)}")
         if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):
             raise UserError(f"--batch-size {self.batch_size} must be auto or a number of at least 1")
         for name in ("skip", "include"):
@@ -100,7 +104,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"recipe {file} does not exist")
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.load(file.read_text(), yaml.BaseLoader)  # plain text: YAML would read 2:4 as 124
     except yaml.YAMLError as error:
         raise UserError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -110,4 +114,26 @@ def _read(file: Path) -> dict[str, Any]:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(f"recipe {file}: key {unknown[0]!r} is unknown; known: {', '.join(known)}")
-    return values
+    return {key: _typed(file, key, value) for key, value in values.items()}
+
+
+def _typed(file: Path, key: str, value: Any) -> Any:
+    """A recipe's plain text as the option's own type."""
+    kind = {f.name: str(f.type) for f in fields(Recipe)}[key]
+    if isinstance(value, list):
+        if "tuple" in kind and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UserError(f"recipe {file}: {key} takes one value, a list was given")
+    if not isinstance(value, str):
+        raise UserError(f"recipe {file}: {key} must be plain text, found {value!r}")
+    if value in ("", "null", "~") and "None" in kind:
+        return None
+    if "int" in kind:
+        if not re.fullmatch(r"-?\d+", value):
+            raise UserError(f"recipe {file}: {key} must be a whole number, found {value!r}")
+        return int(value)
+    if "bool" in kind:
+        if value.lower() not in ("true", "false"):
+            raise UserError(f"recipe {file}: {key} must be true or false, found {value!r}")
+        return value.lower() == "true"
+    return (value,) if "tuple" in kind else value

@@ -95,7 +95,7 @@ class Skeleton:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.get_submodule(self.block_path)  # type: ignore[return-value]
+        return self.model.get_submodule(self.block_path)
 
     def _map_sources(self) -> dict[str, list[tuple[str, str | None]]]:
         """Parameter name -> the (disk name, converter pattern) pairs that it is made of."""
@@ -132,7 +132,7 @@ class Skeleton:
             return reader.tensor(parts[0][0]).to(dtype)
         converter = deepcopy(next(c for c in self._converters if parts[0][1] in c.source_patterns))
         for name, pattern in parts:
-            converter.add_tensor(parameter, name, pattern, reader.tensor(name).to(dtype))
+            converter.add_tensor(parameter, name, str(pattern), reader.tensor(name).to(dtype))
         converted = converter.convert(parameter, model=self.model, config=self.config)
         tensor = converted[parameter]
         return tensor[0] if isinstance(tensor, list) else tensor

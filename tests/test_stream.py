@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
 from llmsparse.checkpoint import Checkpoint
@@ -10,6 +9,7 @@ from llmsparse.errors import UserError
 from llmsparse.skeleton import Skeleton
 from llmsparse.statistics import Gram
 from llmsparse.stream import BlockStream
+from tests.tiny import FAMILIES, save_tiny
 
 LENGTH = 24
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import UserError
-from llmsparse.pattern import NM, Pattern, Unstructured, keep_largest
+from llmsparse.pattern import Pattern, Unstructured, keep_largest
 from llmsparse.solution import Solution
 from llmsparse.statistics import Gram
 
