@@ -1,0 +1,1 @@
+"""Measures of a pruned model: perplexity, and fidelity to the dense model."""

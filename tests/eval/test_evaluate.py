@@ -1,0 +1,156 @@
+"""One evaluation end to end, on tiny checkpoints saved by transformers, and what it refuses."""
+
+import hashlib
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llmsparse.errors import UserError
+from llmsparse.eval.evaluate import evaluate
+from tests.tokenizers_tiny import word_tokenizer
+
+VOCAB = 67
+TEXT = " ".join(f"w{random.Random(i).randrange(61)}" for i in range(100))
+
+
+def checkpoint(folder: Path, seed: int = 0, vocab: int = VOCAB, words: int = 61, bos: bool = False) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    word_tokenizer(words, bos=bos).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "model")
+
+
+class Steps:
+    """A progress object that counts."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int]] = []
+        self.details: list[str] = []
+
+    def start(self, phase: str, total: int) -> None:
+        self.started.append((phase, total))
+
+    def advance(self, phase: str, detail: str = "") -> None:
+        self.details.append(detail)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_evaluate_reports_the_plain_loop_s_perplexity(model, text, batch_size):
+    steps = Steps()
+    found = evaluate(model, text, context=16, device="cpu", batch_size=batch_size, progress=steps)
+    ids = torch.tensor(word_tokenizer()(TEXT)["input_ids"][:96]).view(6, 16)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    assert found["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    assert found["standard_error"] == pytest.approx(
+        math.exp(losses.mean()) * losses.mean(1).std().item() / math.sqrt(6), rel=1e-4
+    )
+    assert (found["windows"], found["tokens"], found["context"]) == (6, 90, 16)
+    assert found["data_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert found["dtype"] == "float32" and found["device"] == "cpu" and "torch" in found["versions"]
+    assert "kl" not in found
+    assert steps.started == [("evaluate", 6)] and len(steps.details) == 6
+    assert steps.details[-1] == f"perplexity {found['perplexity']:.2f}"
+
+
+def test_a_tokenizer_that_adds_bos_has_every_window_start_with_it(tmp_path, text):
+    found = evaluate(checkpoint(tmp_path / "bos", bos=True), text, context=11, device="cpu")
+    assert found["windows"] == 10 and found["tokens"] == 100
+    assert found["bos"].startswith("<s> starts every window")
+
+
+def test_against_gives_kl_and_agreement(model, tmp_path, text):
+    other = checkpoint(tmp_path / "other", seed=1)
+    found = evaluate(other, text, context=16, windows=3, against=model, device="cpu")
+    assert found["kl"] > 0.1 and found["kl_standard_error"] > 0 and found["top1_agreement"] < 0.5
+    itself = evaluate(model, text, context=16, windows=3, against=model, device="cpu")
+    assert itself["kl"] == 0 and itself["top1_agreement"] == 1.0
+
+
+def test_one_window_has_no_standard_error(model, text):
+    assert evaluate(model, text, context=16, windows=1, device="cpu")["standard_error"] is None
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match=r"has no config.json"):
+        evaluate(tmp_path, text)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(model, text):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no tokenizer that transformers can load"):
+        evaluate(model, text, context=16)
+
+
+def test_an_incomplete_checkpoint_is_refused_and_not_filled_with_noise(model, text):
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights, such as model.layers.1.mlp.down_proj.weight"):
+        evaluate(model, text, context=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 64}, "--context 64 is beyond .*model's 32 positions; use --context 32"),
+        ({"context": 32, "windows": 4}, "the text has 100 tokens, and 128 are needed for 4 windows"),
+        ({"context": 16, "windows": 0}, "both start at 1"),
+        ({"context": 16, "batch_size": 0}, "both start at 1"),
+        ({"context": 16, "dtype": "int3"}, "--dtype int3 is unknown"),
+        ({"context": 16, "device": "toaster"}, "--device toaster"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(model, text, options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(model, text, **options)
+
+
+def test_a_text_shorter_than_a_window_is_refused(model, tmp_path):
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    with pytest.raises(UserError, match="the text has 3 tokens, and 16 are needed for 1 window of 16"):
+        evaluate(model, str(tmp_path / "short.txt"), context=16)
+
+
+def test_another_vocabulary_is_refused(model, tmp_path, text):
+    larger = checkpoint(tmp_path / "larger", vocab=80)
+    with pytest.raises(UserError, match="has a vocabulary of 67 and --against .*larger one of 80"):
+        evaluate(model, text, context=16, against=larger)
+    other_words = checkpoint(tmp_path / "words", words=60)
+    with pytest.raises(UserError, match="the tokenizers of .* and --against .*words differ"):
+        evaluate(model, text, context=16, against=other_words)
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path, text):
+    small = checkpoint(tmp_path / "small", vocab=20)
+    with pytest.raises(UserError, match="has a vocabulary of 20; its tokenizer belongs to another model"):
+        evaluate(small, text, context=16)
