@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ def prune(report: Row) -> RenderableType:
         f"peak memory {_bytes(max(peak.values(), default=0))}",
         *(f"warning: {text}" for text in report.get("warnings", ())),
         f"written to {report['out']}; its report is {report['out']}/report.json",
-        f"next: llmsparse eval {report['out']} --against {report['model']}",
+        f"next: {shlex.join(['llmsparse', 'eval', report['out'], '--against', report['model']])}",
     ]
     return Group(_kinds(report["weights"], measured=True), *map(Text, lines))
 

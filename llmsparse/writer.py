@@ -1,9 +1,11 @@
 """Write a checkpoint with the source's names and sharding, whole or not at all, resumable block by block."""
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,19 @@ from llmsparse.errors import UserError
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "report.json")
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn what a disk refuses into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+        reason = reasons.get(error.errno or 0, error.strerror or str(error))
+        raise UserError(
+            f"{out} could not be written: {reason}; make room or choose another OUT, then --resume"
+        ) from error
 
 
 class Writer:
@@ -49,50 +64,52 @@ class Writer:
             )
 
     def begin(self, fingerprint: dict[str, Any], resume: bool) -> None:
-        """Open the work folder, or with ``resume`` the one that an interrupted run left.
+        """Open the work folder, or with ``resume`` the one that an interrupted run left (none: start afresh).
 
         Raises:
-            UserError: nothing to resume, the earlier run differs (what, is said), or the disk is too small.
+            UserError: an interrupted run is in the way, or differs (what, is said), or the disk is too small.
         """
-        if resume:
-            self._resume(fingerprint)
-        else:
-            if self.work.exists():
-                shutil.rmtree(self.work)
-            self._check_space()
-            self.work.mkdir(parents=True)
-        for file, names in self._layout().items():
-            self._prepare(file, names, new=not resume)
-        if not resume:
-            self._append({"fingerprint": fingerprint})
+        with disk_errors(self.out):
+            entries = self._entries()
+            if entries and resume:
+                self._resume(entries, fingerprint)
+            elif entries and not self.overwrite:
+                raise UserError(
+                    f"an interrupted run for {self.out} is here; continue it with --resume, or discard it with --overwrite"
+                )
+            fresh = not (entries and resume)
+            if fresh:
+                shutil.rmtree(self.work, ignore_errors=True)
+                self._check_space()
+                self.work.mkdir(parents=True)
+            for file, names in self._layout().items():
+                self._prepare(file, names, fresh)
+            if fresh:
+                self._append({"fingerprint": fingerprint})
 
-    def _resume(self, fingerprint: dict[str, Any]) -> None:
-        lines = self.journal.read_text().splitlines() if self.journal.is_file() else []
-        if not lines:
-            raise UserError(
-                f"there is no interrupted run to resume for {self.out} (looked for {self.journal})"
-            )
+    def _entries(self) -> list[dict[str, Any]]:
+        """The journal's whole lines; a killed run may leave half of one."""
         entries = []
-        for line in lines:
+        for line in self.journal.read_text().splitlines() if self.journal.is_file() else []:
             try:
                 entries.append(json.loads(line))
             except json.JSONDecodeError:
-                break  # the last line of a killed run
-        before = entries[0]["fingerprint"] if entries else {}
-        now = json.loads(json.dumps(fingerprint))
+                break
+        return entries
+
+    def _resume(self, entries: list[dict[str, Any]], fingerprint: dict[str, Any]) -> None:
+        before, now = entries[0]["fingerprint"], json.loads(json.dumps(fingerprint))
+        keys = {**before, **now}
         differ = [
-            f"{k}: was {before.get(k)!r}, is {now.get(k)!r}"
-            for k in {**before, **now}
-            if before.get(k) != now.get(k)
+            f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)
         ]
         if differ:
             raise UserError(
                 "--resume continues only the same run; these differ from the interrupted one: "
-                f"{'; '.join(differ)}. Give the earlier options again, or start over without --resume"
+                f"{'; '.join(differ)}. Give the earlier options again, or start over with --overwrite"
             )
         self.finished = {entry["block"]: entry["record"] for entry in entries[1:]}
-        whole = "".join(json.dumps(entry) + "\n" for entry in entries)
-        self.journal.write_text(whole)
+        self.journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
     def _check_space(self) -> None:
         needed = sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
@@ -138,16 +155,17 @@ class Writer:
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors of the source's names, shapes and dtypes in their place."""
         touched = set()
-        for name, tensor in tensors.items():
-            path, offset = self.offsets[name]
-            data = tensor.detach().to("cpu").contiguous()
-            with path.open("r+b") as stream:
-                stream.seek(offset)
-                stream.write(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-            touched.add(path)
-        for path in touched:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        with disk_errors(self.out):
+            for name, tensor in tensors.items():
+                path, offset = self.offsets[name]
+                data = tensor.detach().to("cpu").contiguous()
+                with path.open("r+b") as stream:
+                    stream.seek(offset)
+                    stream.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+                touched.add(path)
+            for path in touched:
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
 
     def copy(self, names: Iterable[str]) -> None:
         """Copy tensors as they are in the source."""

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import typer
-from click.testing import Result
 from typer.testing import CliRunner
 
 from llmsparse import __version__, plugins
 from llmsparse.cli import PYTHON_ONLY, SHELLS, app, parameters_of
 from llmsparse.errors import UserError
 from llmsparse.recipe import Recipe
+from tests.tiny import save_tiny
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 WEIGHTS = [
@@ -98,7 +98,7 @@ def stub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stu
     return Stub(getattr(request, "param", "prune"), monkeypatch)
 
 
-def invoke(*arguments: str) -> Result:
+def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
@@ -326,6 +326,59 @@ def test_demo_takes_any_model_and_shows_its_own_table(stub: Stub, monkeypatch: p
     stub.answer = {"model": "some/model"}
     assert "table of some/model" in invoke("demo", "some/model", "--windows", "3").stdout
     assert stub.given is not None and (stub.given["model"], stub.given["windows"]) == ("some/model", 3)
+
+
+# The real functions
+
+
+def test_a_checkpoint_is_planned_pruned_inspected_and_evaluated_from_the_command_line(tmp_path: Path) -> None:
+    model, out, text = (
+        str(save_tiny("gpt2", tmp_path / "model")),
+        str(tmp_path / "out"),
+        tmp_path / "text.txt",
+    )
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    options = ["--pattern", "2:4", "--calibration", str(text), "--samples", "4", "--sequence-length", "32"]
+    plan = json.loads(invoke("plan", model, *options, "--json").stdout)
+    report = json.loads(invoke("prune", model, out, *options, "--json").stdout)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [w["name"] for w in plan["weights"]] == [w["name"] for w in report["weights"]]
+    zeros = json.loads(invoke("inspect", out, "--json").stdout)
+    patterns = [w["pattern"] for w in zeros["weights"] if ".h." in w["name"]]
+    assert patterns == ["2:4 (columns)"] * len(plan["weights"])
+    arguments = [out, "--data", str(text), "--context", "32", "--windows", "2", "--against", model]
+    figures = json.loads(invoke("eval", *arguments, "--json").stdout)
+    assert {"perplexity", "tokens", "context", "data_sha256", "kl", "top1_agreement"} <= set(figures)
+    for command, rest in (("plan", [model, *options]), ("inspect", [out]), ("eval", arguments)):
+        assert invoke(command, *rest).exit_code == 0
+    shown = invoke("prune", model, out, *options, "--overwrite")
+    assert shown.exit_code == 0 and "transformer.h.*.attn.c_attn" in shown.stdout
+
+
+def test_what_prune_refuses_the_command_line_says_in_one_line(tmp_path: Path) -> None:
+    model, out = str(save_tiny("llama", tmp_path / "model")), tmp_path / "out"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("patern: 50%")
+    out.mkdir()
+    (out / "file").touch()
+    for arguments, expected in (
+        (["--pattern", "5:4"], "n must lie between 1 and m-1"),
+        (["--pattern", "1:7"], "needs in_features divisible by 7"),
+        (["--solver", "wonda"], "solver 'wonda' is unknown; known: magnitude, sparsegpt, wanda"),
+        (["--set", "dumping=1"], "sparsegpt has no such option; it has"),
+        (["--set", "damping"], "--set damping is not KEY=VALUE"),
+        (["--skip", "("], "--skip '(' is not a regular expression"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--dtype", "int3"], "--dtype int3 is unknown"),
+        (["--recipe", str(recipe)], "key 'patern' is unknown; known: solver, pattern"),
+        (["--recipe", "absent.yaml"], "recipe absent.yaml does not exist"),
+        (["--solver", "magnitude"], "exists and is not empty; choose another OUT"),
+    ):
+        result = invoke("prune", model, str(out), *arguments)
+        last = result.stderr.splitlines()[-1]
+        assert (result.exit_code, result.stdout) == (2, ""), arguments
+        assert last.startswith("error: ") and expected in last
 
 
 # list, --version, --help

@@ -1,5 +1,6 @@
 """Pruning whole checkpoints: what is written, resumed, shared between processes, and refused."""
 
+import errno
 import json
 import os
 import random
@@ -290,7 +291,6 @@ ERRORS = {
     "batch": (lambda s, o: ((s, o), {"batch_size": "many"}), "--batch-size many must be"),
     "offload": (lambda s, o: ((s, o), {"offload": "cloud"}), "--offload cloud is unknown"),
     "option": (lambda s, o: ((s, o), {"damping": 1}), "option 'damping' is unknown; known: solver"),
-    "resume": (lambda s, o: ((s, o), {"resume": True}), "no interrupted run to resume"),
     "recipe": (lambda s, o: ((s, o), {"recipe": s / "none.yaml"}), "recipe .* does not exist"),
 }
 
@@ -305,6 +305,42 @@ def test_a_mistake_is_one_clear_error_and_leaves_nothing(case, tmp_path, text):
         prune(*positional, **{"calibration": text, **SMALL, **keywords})
     assert hashes(source) == before and not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*work*"))
+
+
+def test_an_interrupted_run_is_not_thrown_away_unasked(tmp_path, text):
+    source, work = save_tiny("llama", tmp_path / "source"), tmp_path / ".out.llmsparse-work"
+    work.mkdir()
+    (work / "journal.jsonl").write_text('{"fingerprint": {}}\n{"block": "half')
+    with pytest.raises(UserError, match="continue it with --resume, or discard it with --overwrite"):
+        prune(source, tmp_path / "out", calibration=text, **SMALL)
+    assert work.exists()
+    prune(source, tmp_path / "out", calibration=text, overwrite=True, **SMALL)
+    assert (tmp_path / "out").exists() and not work.exists()
+
+
+def test_resume_with_nothing_done_starts_from_the_beginning(tmp_path, text):
+    source = save_tiny("llama", tmp_path / "source")
+    prune(source, tmp_path / "out", calibration=text, resume=True, **SMALL)
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_disk_that_fills_up_half_way_leaves_a_resumable_state(tmp_path, text, monkeypatch):
+    source = save_tiny("llama", tmp_path / "source")
+    prune(source, tmp_path / "expected", calibration=text, **SMALL)
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="could not be written: the disk is full; make room"):
+        prune(source, tmp_path / "out", calibration=text, **SMALL)
+    assert not (tmp_path / "out").exists()
+    prune(source, tmp_path / "out", calibration=text, resume=True, **SMALL)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "expected")
 
 
 def test_existing_output_needs_overwrite(tmp_path, text):
