@@ -27,47 +27,28 @@ WEIGHTS = [
     for i, e in ((0, 0.125), (1, 0.25))
 ]
 COVERAGE = {"pruned_parameters": 64, "linear_parameters": 128, "all_parameters": 256}
+# fmt: off
 REPORT = {
-    "model": "some/model",
-    "out": "pruned",
-    "weights": WEIGHTS,
-    "coverage": COVERAGE,
-    "seconds": {"observe": 60.0, "solve": 61.0},
-    "peak_memory": {"observe": 3 << 20, "solve": 5 << 20},
+    "model": "some/model", "out": "pruned", "weights": WEIGHTS, "coverage": COVERAGE,
+    "seconds": {"observe": 60.0, "solve": 61.0}, "peak_memory": {"observe": 3 << 20, "solve": 5 << 20},
     "warnings": ["layer [0] saw few tokens"],
 }
 PLAN = {
-    "model": "some/model",
-    "weights": WEIGHTS,
-    "coverage": COVERAGE,
-    "read_bytes": 2048,
-    "write_bytes": 1024,
-    "peak_host_bytes": 3 << 30,
-    "peak_device_bytes": 0,
-    "seconds_estimate": 8000.0,
-    "solver": "wanda",
-    "calibration": "builtin, 64 x 512",
+    "model": "some/model", "weights": WEIGHTS, "coverage": COVERAGE, "read_bytes": 2048, "write_bytes": 1024,
+    "peak_host_bytes": 3 << 30, "peak_device_bytes": 0, "seconds_estimate": 8000.0,
+    "solver": "wanda", "calibration": "builtin, 64 x 512",
 }
 FIGURES = {
-    "model": "pruned",
-    "data": "wikitext2",
-    "perplexity": 12.345678,
-    "standard_error": 0.25,
-    "tokens": 1022,
-    "windows": 2,
-    "context": 512,
-    "bos": "none",
-    "data_sha256": "ab" * 32,
+    "model": "pruned", "data": "wikitext2", "perplexity": 12.345678, "standard_error": 0.25, "tokens": 1022,
+    "windows": 2, "context": 512, "bos": "none", "data_sha256": "ab" * 32,
 }
+TOTALS = {
+    "weight_sparsity": 0.5, "weight_parameters": 32, "sparsity": 0.25, "parameters": 64, "negative_zeros": 3,
+}
+# fmt: on
 ZEROS = {
     "weights": [{"name": "w", "shape": [8, 4], "dtype": "bfloat16", "sparsity": 0.5, "pattern": "2:4"}],
-    "totals": {
-        "weight_sparsity": 0.5,
-        "weight_parameters": 32,
-        "sparsity": 0.25,
-        "parameters": 64,
-        "negative_zeros": 3,
-    },
+    "totals": TOTALS,
 }
 
 
@@ -421,8 +402,4 @@ def test_version_and_help_import_no_torch() -> None:
 
 def test_python_m_llmsparse_is_the_same_command_line() -> None:
     result = subprocess.run([sys.executable, "-m", "llmsparse", "--version"], capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (
-        0,
-        f"llmsparse {__version__}\n",
-        "",
-    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"llmsparse {__version__}\n", "")
