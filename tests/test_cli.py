@@ -138,20 +138,13 @@ def test_every_kind_of_option_arrives_in_its_type(stub: Stub) -> None:
     assert invoke("prune", "m", "o", *line.split()).exit_code == 0
     assert stub.given is not None
     assert stub.given.pop("progress") is not None
+    # fmt: off
     assert stub.given == {
-        "model": "m",
-        "out": "o",
-        "pattern": ("50%", "mlp=2:4"),
-        "set": ("damping=0.02", "chunk=64"),
-        "skip": ("a",),
-        "include": ("lm_head",),
-        "samples": 4,
-        "resume": True,
-        "overwrite": True,
-        "trust_remote_code": True,
-        "batch_size": "auto",
-        "cache_dir": "there",
+        "model": "m", "out": "o", "pattern": ("50%", "mlp=2:4"), "set": ("damping=0.02", "chunk=64"),
+        "skip": ("a",), "include": ("lm_head",), "samples": 4, "resume": True, "overwrite": True,
+        "trust_remote_code": True, "batch_size": "auto", "cache_dir": "there",
     }
+    # fmt: on
 
 
 @pytest.mark.parametrize("line", ["prune m", "prune m o --no-resume", "prune m o --samples many", "inspect"])
