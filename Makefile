@@ -41,12 +41,12 @@ format: $(READY)  ## Rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)  ## Measure speed and memory on the CPU
-	$(BIN)/python benchmarks/prune_speed.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.prune_speed
+	$(BIN)/python -m benchmarks.memory
 
 gpu: $(READY)  ## Measure what runs on a GPU (needs one)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"error: torch {torch.__version__} finds no CUDA GPU; make gpu needs one, make bench measures the CPU")'
-	$(BIN)/python benchmarks/prune_speed.py --device cuda
+	$(BIN)/python -m benchmarks.prune_speed --device cuda
 
 clean:  ## Remove the virtual environment and what was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -27,7 +27,7 @@ def demo(
     *,
     samples: int = 16,
     sequence_length: int = 512,
-    windows: int = 16,
+    windows: int = 12,
     keep: str | Path | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:

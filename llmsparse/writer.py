@@ -161,7 +161,7 @@ class Writer:
                 data = tensor.detach().to("cpu").contiguous()
                 with path.open("r+b") as stream:
                     stream.seek(offset)
-                    stream.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+                    data.reshape(-1).view(torch.uint8).numpy().tofile(stream)
                 touched.add(path)
             for path in touched:
                 with path.open("rb") as stream:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from llmsparse.pattern import Pattern, Unstructured
@@ -22,7 +23,8 @@ class Wanda:
         """Prune ``weight`` (out, in) with the mean squares of its inputs (in,)."""
         if isinstance(pattern, Unstructured):
             pattern = pattern.scoped("row")
-        mask = pattern.select(weight.abs() * statistics.value.sqrt().to(weight))
+        magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+        mask = pattern.select(magnitude * statistics.value.sqrt().to(magnitude))
         return Solution(weight.masked_fill(~mask, 0.0), mask)
 
 

@@ -1,0 +1,41 @@
+"""SmolLM2-135M for real: pruned by the command line, reloaded by plain transformers, evaluated."""
+
+import json
+import subprocess
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "llmsparse", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_smollm2_is_pruned_reloaded_and_evaluated(smollm2, tmp_path):
+    out = tmp_path / "smollm2-2of4"
+    report = run(
+        "prune", smollm2, out, "--pattern", "2:4", "--samples", 4, "--sequence-length", 256, "--json"
+    )
+    assert report["coverage"]["pruned_parameters"] == 106_168_320
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            assert bool(((parameter != 0).view(-1, 4).sum(1) <= 2).all())
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template
+    dense = run("eval", smollm2, "--data", "builtin", "--context", 256, "--windows", 4, "--json")
+    sparse = run(
+        "eval", out, "--data", "builtin", "--context", 256, "--windows", 4, "--against", smollm2, "--json"
+    )  # fmt: skip
+    magnitude = tmp_path / "magnitude"
+    run("prune", smollm2, magnitude, "--pattern", "2:4", "--solver", "magnitude", "--json")
+    worse = run("eval", magnitude, "--data", "builtin", "--context", 256, "--windows", 4, "--json")
+    assert dense["perplexity"] < sparse["perplexity"] < worse["perplexity"]
+    assert sparse["kl"] > 0 and 0 < sparse["top1_agreement"] < 1
+    assert dense["data_sha256"] == sparse["data_sha256"] and dense["tokens"] == 4 * 255
