@@ -178,7 +178,7 @@ class Writer:
         self._append({"block": block, "record": record})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with self.journal.open("a") as stream:
+        with disk_errors(self.out), self.journal.open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -194,19 +194,20 @@ class Writer:
 
     def finish(self, report: dict[str, Any]) -> None:
         """Copy the source's other files, add ``report.json`` and the index, and rename the work folder to OUT."""
-        self._copy_other_files()
-        self._write_index()
-        report["files"] = {f.name: file_sha256(f) for f in sorted(self.work.glob("*.safetensors"))}
-        (self.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        self.journal.unlink()
-        if self.out.is_dir() and any(self.out.iterdir()):
-            old = self.out.with_name(f".{self.out.name}.llmsparse-old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-            self.work.rename(self.out)
-            shutil.rmtree(old)
-        else:
-            self.work.rename(self.out)
+        with disk_errors(self.out):
+            self._copy_other_files()
+            self._write_index()
+            report["files"] = {f.name: file_sha256(f) for f in sorted(self.work.glob("*.safetensors"))}
+            (self.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            self.journal.unlink()
+            if self.out.is_dir() and any(self.out.iterdir()):
+                old = self.out.with_name(f".{self.out.name}.llmsparse-old")
+                shutil.rmtree(old, ignore_errors=True)
+                self.out.rename(old)
+                self.work.rename(self.out)
+                shutil.rmtree(old)
+            else:
+                self.work.rename(self.out)
 
     def _copy_other_files(self) -> None:
         for file in self.checkpoint.folder.iterdir():
