@@ -13,7 +13,7 @@ from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.pattern import Pattern, describe, parse
-from llmsparse.recipe import Recipe
+from llmsparse.recipe import Recipe, with_options
 from llmsparse.skeleton import Skeleton, Weight
 
 
@@ -185,6 +185,9 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         **_memory(job, calibrated),
         "seconds_estimate": _seconds(job) if calibrated else size / 2e8,
     }
+
+
+plan.__signature__ = with_options(plan)  # type: ignore[attr-defined]
 
 
 def _memory(job: Job, calibrated: bool) -> dict[str, int]:

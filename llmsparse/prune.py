@@ -1,7 +1,5 @@
 """Prune a checkpoint block by block: the program in one function, `prune`."""
 
-import inspect
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from llmsparse.pattern import Unstructured
 from llmsparse.plan import Job, prepare
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
-from llmsparse.recipe import Recipe
+from llmsparse.recipe import Recipe, with_options
 from llmsparse.report import Phases, relative_error, versions
 from llmsparse.skeleton import Weight
 from llmsparse.solution import Solution
@@ -55,15 +53,7 @@ def prune(
     return report
 
 
-_RECIPE = [
-    inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-    for f in fields(Recipe)
-    if f.default is not MISSING
-]
-_OWN = [
-    p for p in inspect.signature(prune).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
-]
-prune.__signature__ = inspect.Signature([*_OWN, *_RECIPE], return_annotation=dict[str, Any])  # type: ignore[attr-defined]
+prune.__signature__ = with_options(prune)  # type: ignore[attr-defined]
 
 
 def _calibrate(job: Job) -> Calibration:

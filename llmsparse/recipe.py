@@ -1,6 +1,8 @@
 """The options of a pruning run: their defaults, help and file form."""
 
+import inspect
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,16 @@ class Recipe:
                 raise UserError(f"--set {text} is not KEY=VALUE, e.g. --set damping=0.02")
             pairs[key.strip()] = yaml.safe_load(value)
         return pairs
+
+
+def with_options(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of ``function`` with its ``**options`` spelled out as the recipe's fields."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Recipe)
+    ]
+    return inspect.Signature([*own, *options], return_annotation=dict[str, Any])
 
 
 def _check_regex(option: str, expression: str) -> None:
