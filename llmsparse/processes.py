@@ -1,14 +1,13 @@
 """The processes of an ``accelerate launch``: windows are split, sums are added, weights are solved in turn."""
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from llmsparse.observe import Observer
+from llmsparse.statistics import Statistics
 
 
 class Processes:
@@ -21,6 +20,13 @@ class Processes:
 
             PartialState(cpu=not torch.cuda.is_available())
         self.rank = dist.get_rank() if self.count > 1 else 0
+
+    @classmethod
+    def alone(cls) -> "Processes":
+        """A single process, whatever was launched."""
+        processes = cls.__new__(cls)
+        processes.count, processes.rank = 1, 0
+        return processes
 
     @property
     def is_main(self) -> bool:
@@ -50,21 +56,9 @@ class Processes:
             dist.broadcast(tensor, owner)
         return tensor
 
-    def merge(self, observer: Observer, names: Iterable[str]) -> None:
-        """Add the statistics of all processes into each one's ``observer``."""
-        if self.count == 1:
-            return
-        widths = {leader: s.sums().shape[0] for leader, s in observer.statistics.items()}
-        everyone = self.gather((observer.shared, widths))
-        for shared, _ in everyone:
-            for name, leader in shared.items():
-                observer.shared.setdefault(name, leader)
-        sizes = {leader: width for _, widths in everyone for leader, width in widths.items()}
-        for leader in dict.fromkeys(observer.shared[n] for n in names if n in observer.shared):
-            if leader not in observer.statistics:  # an expert that saw no token here
-                observer.statistics[leader] = observer.kinds[leader].zeros(sizes[leader], observer.device)
-            statistics = observer.statistics[leader]
-            dist.all_reduce(statistics.sums())
-            tokens = torch.tensor(statistics.tokens, device=observer.device)
-            dist.all_reduce(tokens)
-            statistics.tokens = int(tokens)
+    def add(self, statistics: Statistics) -> None:
+        """Add the statistics of all processes into each one's."""
+        dist.all_reduce(statistics.sums())
+        tokens = torch.tensor(statistics.tokens, device=statistics.sums().device)
+        dist.all_reduce(tokens)
+        statistics.tokens = int(tokens)

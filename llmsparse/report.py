@@ -36,17 +36,29 @@ class Phases:
         self.seconds: dict[str, float] = {}
         self.peak: dict[str, int] = {}
         self.facts: dict[str, Any] = {}
+        self._running: list[str] = []
+        self._since = 0.0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Book the time inside to ``name``; a phase inside another one is not booked twice."""
+        self._book()
+        self._running.append(name)
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+            self._book()
+            self._running.pop()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            name = self._running[-1]
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._since, 3)
             self.peak[name] = resident_peak()
             if torch.cuda.is_available():
                 self.peak[f"{name} (device)"] = torch.cuda.max_memory_allocated()
+        self._since = now
 
 
 def resident_peak() -> int:

@@ -40,8 +40,12 @@ class Weight:
     block: int | None  # None: outside every block (lm_head)
 
     @property
-    def is_expert(self) -> bool:
-        return "experts" in self.parameter.split(".")
+    def expert(self) -> int | None:
+        """Its expert's number in a mixture, None for a weight that every token meets."""
+        if "experts" not in self.parameter.split("."):
+            return None
+        match = re.search(r"\.experts\.(\d+)\.", self.name)
+        return self.index if match is None else int(match[1])
 
     def stored(self, tensor: Tensor) -> Tensor:
         """This weight's (out, in) view into its disk tensor."""

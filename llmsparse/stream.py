@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from llmsparse.errors import UserError
-from llmsparse.observe import Enough, Observer
+from llmsparse.processes import Processes
+from llmsparse.settle import Settling, Solve
 from llmsparse.skeleton import Skeleton, Weight
+from llmsparse.statistics import Statistics
+from llmsparse.walk import Walk
 
 Call = tuple[tuple, dict[str, Any]]  # a block's arguments after the hidden states
 
@@ -58,32 +62,63 @@ class Block:
         self.weights = [w for w in stream.skeleton.weights if w.block == index]
         self.views = stream.skeleton.views(self.weights)
 
-    def observe(self, kinds: dict[str, type]) -> Observer:
-        """Run every window through the block and gather statistics: weight name -> kind of statistics."""
-        mixture = any(weight.is_expert for weight in self.weights)  # an expert may see no token of a batch
+    def settle(
+        self, kinds: dict[str, type[Statistics]], solve: Solve, processes: Processes | None = None
+    ) -> Settling:
+        """Run every window through the block, stopping before each weight of ``kinds`` to ``solve`` it in place.
+
+        Replaces the stream's hidden states by the outputs of the block as it then is. ``kinds`` says which
+        statistics each weight's solver wants; ``solve(name, statistics)`` is called once for each weight that
+        any window uses.
+        """
+        settling = Settling(
+            self.weights, self.views, kinds, self.stream.device, processes or Processes.alone()
+        )
+        walks = {
+            indices: Walk(partial(self._forward, indices), settling.gate) for indices in self.stream.batches()
+        }
+        stood: dict[range, str] = {}  # where each pass waits, kept or not
         while True:
-            observer = Observer({name: self.views[name] for name in kinds}, kinds, self.stream.device)
-            try:
-                for indices in self.stream.batches():
-                    observer.begin(stop_early=not mixture)
-                    with observer, suppress(Enough):
-                        self._forward(indices)
-                return observer
-            except torch.OutOfMemoryError:
-                self.stream.halve_batch()
+            for indices in sorted(walks, key=lambda r: r.start):
+                if stood.get(indices) in settling.gate.settled or indices not in stood:
+                    self._advance(indices, walks, stood, settling)
+            if (name := settling.next(list(stood.values()))) is None:
+                return settling
+            settling.solve(name, solve)
 
     def run(self) -> None:
         """Replace the stream's hidden states by this block's outputs."""
-        done = 0
-        while done < len(self.stream.hidden):
-            indices = range(done, min(done + self.stream.batch_size, len(self.stream.hidden)))
-            try:
-                self.stream.hidden.write(indices, self._forward(indices))
-                done = indices.stop
-            except torch.OutOfMemoryError:
-                self.stream.halve_batch()
+        self.settle({}, lambda name, statistics: None, Processes.alone())
 
-    @torch.no_grad()
+    def _advance(
+        self, indices: range, walks: dict[range, Walk], stood: dict[range, str], settling: Settling
+    ) -> None:
+        """One pass to its next stop; split in two where the device runs out of memory."""
+        walk, stream = walks[indices], self.stream
+        try:
+            walk.advance()
+        except torch.OutOfMemoryError:
+            stream.economise([w for w in walks.values() if w is not walk], settling)
+            settling.forget(walk)
+            parts = [r for r in stream.split(indices) if r]
+            walks.pop(indices)
+            stood.pop(indices, None)
+            walks.update({part: Walk(partial(self._forward, part), settling.gate) for part in parts})
+            settling.inherit([walks[part] for part in parts], walk)
+            for part in parts:
+                self._advance(part, walks, stood, settling)
+            return
+        if walk.finished:
+            stream.hidden.write(indices, walk.output)
+            walks.pop(indices)
+            stood.pop(indices, None)
+            return
+        assert walk.waiting is not None
+        stood[indices] = walk.waiting
+        settling.arrive(walk)
+        if sum(w.waiting is not None for w in walks.values()) > stream.keep:
+            settling.forget(walk)
+
     def _forward(self, indices: range) -> Tensor:
         args, kwargs = self.stream.calls(len(indices))[self.index]
         output = self.module(self.stream.hidden.read(indices), *args, **kwargs)
@@ -104,6 +139,7 @@ class BlockStream:
     ) -> None:  # fmt: skip
         self.skeleton, self.dtype, self.device = skeleton, dtype, device
         self.windows, self.batch_size = windows, batch_size
+        self.keep = 1 << 30  # passes that may wait with their activations in memory
         self.as_tuple = False  # whether blocks return a tuple, found by the rehearsal
         self.hidden = HiddenStates(offload, device)
         self.reader: Callable[[int], Any] = lambda index: (
@@ -115,13 +151,20 @@ class BlockStream:
         count = len(self.hidden)
         return (range(i, min(i + self.batch_size, count)) for i in range(0, count, self.batch_size))
 
-    def halve_batch(self) -> None:
-        """Use half the windows a forward pass, after the device ran out of memory."""
-        if self.batch_size == 1:
+    def split(self, indices: range) -> list[range]:
+        """Half the windows a forward pass, after the device ran out of memory."""
+        if len(indices) == 1:
             raise UserError(
                 "out of memory with one window a forward pass; use a shorter --sequence-length, or --device cpu"
             )
-        self.batch_size //= 2
+        self.batch_size = len(indices) // 2
+        return [indices[: self.batch_size], indices[self.batch_size :]]
+
+    def economise(self, walks: list[Walk], settling: Settling) -> None:
+        """Keep no pass waiting from now on."""
+        self.keep = 0
+        for walk in walks:
+            settling.forget(walk)
 
     def calls(self, size: int) -> list[Call]:
         """Every block's other arguments for a batch of ``size`` windows."""
@@ -181,20 +224,31 @@ class BlockStream:
             f"{self.skeleton.config.model_type} cannot be streamed: a block's input is not the output of the one before"
         )
 
-    @torch.no_grad()
-    def observe_outside(self, kinds: dict[str, type], weights: list[Weight]) -> Observer:
-        """Statistics of weights after the last block (``lm_head``), from the last block's outputs."""
+    def settle_outside(
+        self, weights: list[Weight], kinds: dict[str, type[Statistics]], solve: Solve, processes: Processes
+    ) -> None:
+        """The same for weights after the last block (``lm_head``), on the last block's outputs."""
         model = self.skeleton.model
         with self._outside(model):
             model.tie_weights()
-            observer = Observer(self.skeleton.views(weights), kinds, self.device)
-            for index, window in enumerate(self.windows):
-                final = self.hidden.read(range(index, index + 1))
-                recorders = [_Recorder(self.as_tuple, final) for _ in self.skeleton.blocks]
-                observer.begin(stop_early=True)
-                with _replaced(self.skeleton.blocks, recorders), observer, suppress(Enough):
-                    model(input_ids=window[None].to(self.device), use_cache=False)
-            return observer
+            settling = Settling(weights, self.skeleton.views(weights), kinds, self.device, processes)
+            stood = []
+            for index in range(len(self.windows)):
+                walk = Walk(partial(self._finish, index), settling.gate)
+                walk.advance()
+                if walk.waiting:
+                    stood.append(walk.waiting)
+                    settling.arrive(walk)
+                    settling.forget(walk)
+            while (name := settling.next([n for n in stood if n not in settling.gate.settled])) is not None:
+                settling.solve(name, solve)
+
+    def _finish(self, index: int) -> None:
+        """The model's own forward with the last block's output in place of its blocks."""
+        final = self.hidden.read(range(index, index + 1))
+        recorders = [_Recorder(self.as_tuple, final) for _ in self.skeleton.blocks]
+        with _replaced(self.skeleton.blocks, recorders):
+            self.skeleton.model(input_ids=self.windows[index : index + 1].to(self.device), use_cache=False)
 
 
 class _Unfit(Exception):

@@ -6,9 +6,12 @@ from transformers import AutoModelForCausalLM
 
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
+from llmsparse.processes import Processes
+from llmsparse.settle import Settling
 from llmsparse.skeleton import Skeleton
 from llmsparse.statistics import Gram
 from llmsparse.stream import BlockStream
+from llmsparse.walk import Walk
 from tests.tiny import FAMILIES, save_tiny
 
 LENGTH = 24
@@ -21,6 +24,16 @@ def make_stream(folder, windows, **options):
 
 def windows_for(count=3):
     return torch.randint(3, 100, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def settle(block):
+    """Weight name -> (Gram, tokens), with every weight left as it is."""
+    found = {}
+    kinds = dict.fromkeys((w.name for w in block.weights), Gram)
+    block.settle(
+        kinds, lambda name, statistics: found.__setitem__(name, (statistics.matrix, statistics.tokens))
+    )
+    return found
 
 
 def in_memory_outputs(model, tokens):
@@ -81,21 +94,20 @@ def test_observed_grams_equal_hooked_inputs(family, tmp_path):
     with torch.no_grad():
         model(input_ids=windows, use_cache=False)
     for block in stream:
-        observer = block.observe(dict.fromkeys((w.name for w in block.weights), Gram))
-        assert {w.name for w in block.weights} == set(observer.shared)
+        settled = settle(block)
+        assert {w.name for w in block.weights} == set(settled)
         for weight in block.weights:
             x = inputs[weight.parameter.removesuffix(".weight")]
-            gram = observer.statistics[observer.shared[weight.name]]
-            assert gram.tokens == windows.numel()
-            torch.testing.assert_close(gram.matrix.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
-        block.run()
+            matrix, tokens = settled[weight.name]
+            assert tokens == windows.numel()
+            torch.testing.assert_close(matrix.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
 
 
 def test_linears_that_read_the_same_input_share_statistics(tmp_path):
     stream = make_stream(save_tiny("llama", tmp_path / "m"), windows_for(2))
-    block = next(iter(stream))
-    shared = block.observe(dict.fromkeys((w.name for w in block.weights), Gram)).shared
-    leaders = {name.split("layers.0.")[1]: leader.split("layers.0.")[1] for name, leader in shared.items()}
+    block, leaders = next(iter(stream)), {}
+    kinds = dict.fromkeys((w.name for w in block.weights), Gram)
+    leaders = {k[15:]: v[15:] for k, v in block.settle(kinds, lambda name, statistics: None).leaders.items()}
     assert (
         leaders["self_attn.k_proj.weight"] == leaders["self_attn.v_proj.weight"] == "self_attn.q_proj.weight"
     )
@@ -107,56 +119,113 @@ def test_linears_that_read_the_same_input_share_statistics(tmp_path):
 def test_each_expert_is_a_weight_with_its_own_tokens(family, tmp_path):
     folder = save_tiny(family, tmp_path / family)
     stream = make_stream(folder, windows_for())
-    block = next(iter(stream))
-    experts = [w for w in block.weights if w.is_expert]
+    block, config = next(iter(stream)), stream.skeleton.config
+    experts = [w for w in block.weights if w.expert is not None]
     names = set(Checkpoint.open(folder).names())
-    assert len(experts) == 3 * (
-        getattr(stream.skeleton.config, "num_local_experts", None) or stream.skeleton.config.num_experts
-    )
+    assert len(experts) == 3 * (getattr(config, "num_local_experts", None) or config.num_experts)
     assert all(w.name in names for w in experts)
     assert not any("router" in w.name or w.name.endswith(".gate.weight") for w in stream.skeleton.weights)
     for weight in experts:
         assert torch.equal(block.views[weight.name], Checkpoint.open(folder).tensor(weight.name))
-    observer = block.observe(dict.fromkeys((w.name for w in block.weights), Gram))
-    tokens = {
-        w.name: observer.statistics[observer.shared[w.name]].tokens
-        for w in experts
-        if w.name in observer.shared
-    }
+    settled = settle(block)
+    tokens = {w.name: settled[w.name][1] for w in experts if w.name in settled}
     down = [t for n, t in tokens.items() if n.endswith(("w2.weight", "down_proj.weight"))]
-    assert sum(down) == 3 * LENGTH * stream.skeleton.config.num_experts_per_tok
+    assert sum(down) == 3 * LENGTH * config.num_experts_per_tok
     assert len(set(tokens.values())) > 1
 
 
-def test_batch_size_never_changes_a_statistic(tmp_path):
-    folder = save_tiny("llama", tmp_path / "m")
+def halve(block):
+    """A solver that changes every weight, so that each later statistic depends on it."""
+    found = {}
+
+    def solve(name, statistics):
+        found[name] = (statistics.matrix, statistics.tokens)
+        block.views[name].mul_(0.5)
+
+    return found, solve
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "falcon", "mixtral", "qwen3_moe"])
+def test_each_weight_is_solved_on_what_the_pruned_ones_before_it_produce(family, tmp_path):
+    """Against a plain loop: run the whole block anew before each weight, with the earlier ones already changed."""
+    folder, windows = save_tiny(family, tmp_path / family), windows_for()
+    stream = make_stream(folder, windows)
+    block = next(iter(stream))
+    found, solve = halve(block)
+    block.settle(dict.fromkeys((w.name for w in block.weights), Gram), solve)
+    plain = next(iter(make_stream(folder, windows)))
+    for name in found:  # in the order in which they were solved
+        alone = {}
+        whole = Settling(plain.weights, plain.views, {name: Gram}, torch.device("cpu"), Processes.alone())
+        for index in range(len(windows)):
+            walk = Walk(lambda index=index: plain._forward(range(index, index + 1)), whole.gate)
+            walk.advance()
+            if walk.waiting:
+                whole.arrive(walk)
+                walk.abandon()
+        alone = whole.statistics[name]
+        assert found[name][1] == alone.tokens
+        torch.testing.assert_close(found[name][0], alone.matrix, rtol=1e-5, atol=1e-7)
+        plain.views[name].mul_(0.5)
+    plain.run()
+    torch.testing.assert_close(
+        stream.hidden.read(range(3)), plain.stream.hidden.read(range(3)), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(("size", "keep"), [(2, 99), (3, 99), (1, 0), (1, 1), (2, 1)])
+def test_batch_size_and_kept_passes_never_change_a_result(family, size, keep, tmp_path):
+    folder = save_tiny(family, tmp_path / "m")
     results = []
-    for size in (1, 2, 3):
-        block = next(iter(make_stream(folder, windows_for(), batch_size=size)))
-        observer = block.observe(dict.fromkeys((w.name for w in block.weights), Gram))
-        results.append([s.matrix for s in observer.statistics.values()])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for batch_size, kept in ((1, 99), (size, keep)):
+        stream = make_stream(folder, windows_for(), batch_size=batch_size)
+        stream.keep = kept
+        block = next(iter(stream))
+        found, solve = halve(block)
+        block.settle(dict.fromkeys((w.name for w in block.weights), Gram), solve)
+        results.append((found, stream.hidden.read(range(3))))
+    (first, states), (second, others) = results
+    torch.testing.assert_close(states, others, rtol=1e-5, atol=1e-6)
+    assert first.keys() == second.keys()
+    for name, (matrix, tokens) in first.items():
+        assert tokens == second[name][1]
+        torch.testing.assert_close(matrix, second[name][0], rtol=1e-5, atol=1e-7)
 
 
-def test_batch_is_halved_when_memory_runs_out(tmp_path, monkeypatch):
-    stream = make_stream(save_tiny("llama", tmp_path / "m"), windows_for(4), batch_size=4)
-    reference = make_stream(save_tiny("llama", tmp_path / "m2"), windows_for(4))
+@pytest.mark.parametrize("at", ["first", "later"])
+def test_batch_is_halved_when_memory_runs_out(at, tmp_path, monkeypatch):
+    folder = save_tiny("llama", tmp_path / "m")
+    stream, reference = make_stream(folder, windows_for(4), batch_size=4), make_stream(folder, windows_for(4))
     block, other = next(iter(stream)), next(iter(reference))
-    forward = block.module.forward
+    target = block.module if at == "first" else block.module.mlp
+    forward = target.forward
 
     def hungry(states, *args, **kwargs):
         if len(states) > 1:
             raise torch.OutOfMemoryError("pretended")
         return forward(states, *args, **kwargs)
 
-    monkeypatch.setattr(block.module, "forward", hungry)
+    monkeypatch.setattr(target, "forward", hungry)
+    found, solve = halve(block)
+    expected, solve_other = halve(other)
     kinds = dict.fromkeys((w.name for w in block.weights), Gram)
-    first, second = block.observe(kinds), other.observe(kinds)
+    block.settle(kinds, solve)
+    other.settle(kinds, solve_other)
     assert stream.batch_size == 1
-    for leader, gram in first.statistics.items():
-        assert torch.equal(gram.matrix, second.statistics[leader].matrix)
+    for name, (matrix, tokens) in found.items():
+        assert tokens == expected[name][1]
+        torch.testing.assert_close(matrix, expected[name][0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        stream.hidden.read(range(4)), reference.hidden.read(range(4)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_error_inside_a_block_is_raised_where_it_can_be_read(tmp_path, monkeypatch):
+    block = next(iter(make_stream(save_tiny("llama", tmp_path / "m"), windows_for(2))))
+    monkeypatch.setattr(block.module.mlp, "forward", lambda x: (_ for _ in ()).throw(ArithmeticError("mine")))
+    with pytest.raises(ArithmeticError, match="mine"):
+        block.run()
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk", "none"])
