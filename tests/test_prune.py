@@ -138,7 +138,7 @@ def test_coverage_and_report_state_what_was_done(tmp_path, text):
     assert report["files"] == hashes(tmp_path / "out")
     assert report["source_files"]["model.safetensors"] == file_sha256(source / "model.safetensors")
     assert report["calibration"]["tokens_sha256"] and report["versions"]["torch"] == torch.__version__
-    assert {"observe", "solve", "forward"} <= report["seconds"].keys() and report["peak_memory"]["solve"] > 0
+    assert {"read", "solve", "forward", "write"} <= report["seconds"].keys() and report["peak_memory"]["solve"] > 0
 
 
 def test_relative_output_error_is_the_layers_own(tmp_path, text):
