@@ -1,7 +1,5 @@
 """One evaluation: perplexity on a text, and fidelity to the dense model when there is one to compare with."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +8,11 @@ from torch import Tensor
 
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import forward_dtype, pick_device
-from llmsparse.errors import UserError
+from llmsparse.errors import UserError, first_line
 from llmsparse.eval.fidelity import window_fidelity
 from llmsparse.eval.perplexity import cut_windows, forward_of, mean_and_error, perplexity, window_nll
 from llmsparse.eval.text import load_text
+from llmsparse.report import versions
 
 
 def evaluate(
@@ -51,13 +50,13 @@ def evaluate(
         checkpoints.append(Checkpoint.open(against, **hub))
     for checkpoint in checkpoints:
         _check_context(checkpoint, context, trust_remote_code)
-    tokenizer = _tokenizer(checkpoints[0], trust_remote_code)
+    tokenizer = checkpoints[0].tokenizer(trust_remote_code)
     if against is not None:
         _check_same_vocabulary(checkpoints[0], checkpoints[1], tokenizer, trust_remote_code)
     text, digest, label = load_text(data, **hub)
     ids, rule = cut_windows(text, tokenizer, context, windows)
     _check_ids(checkpoints[0], ids, trust_remote_code)
-    used = forward_dtype(dtype, _stored_dtype(checkpoints[0]), where)
+    used = forward_dtype(dtype, checkpoints[0].stored_dtype, where)
     models = [_load(checkpoint, used, where, trust_remote_code) for checkpoint in checkpoints]
     measured = _measure(models, ids.to(where), batch_size, progress)
     return {
@@ -71,7 +70,7 @@ def evaluate(
         "data_sha256": digest,
         "dtype": str(used).removeprefix("torch."),
         "device": str(where),
-        "versions": _versions(),
+        "versions": versions(),
     } | ({} if against is None else {"against": str(against)})
 
 
@@ -114,7 +113,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trus
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
-            f"{checkpoint.folder} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"{checkpoint.folder} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
     model, info = loaded
     if info["missing_keys"]:
@@ -124,17 +123,6 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trus
             f"it is no complete {type(model).__name__}"
         )
     return model.eval()
-
-
-def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{checkpoint.folder} has no tokenizer that transformers can load: {_first_line(error)}"
-        ) from error
 
 
 def _check_context(checkpoint: Checkpoint, context: int, trust_remote_code: bool) -> None:
@@ -164,28 +152,8 @@ def _check_same_vocabulary(
             f"{checkpoint.folder} has a vocabulary of {sizes[0]} and --against {against.folder} one of "
             f"{sizes[1]}; compare a model with the one that it was pruned from"
         )
-    if _tokenizer(against, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+    if against.tokenizer(trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"the tokenizers of {checkpoint.folder} and --against {against.folder} differ; "
             "compare a model with the one that it was pruned from"
         )
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most of the checkpoint's floating-point tensors."""
-    dtypes = [dtype for name in checkpoint.names() if (dtype := checkpoint.dtype(name)).is_floating_point]
-    return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("llmsparse", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmsparse.errors import UserError
+from llmsparse.errors import UserError, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 FORMS = (
     "builtin, a .txt, .jsonl or .parquet file, a folder of those, a hub dataset owner/name[:config][:split], "
     "or several of these with weights (a.jsonl=0.5,b.txt=0.5)"
 )
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:]*){0,2}")
+HUB_ID = re.compile(r"([\w.-]+/)?[\w-][\w.-]*(:[^:]*){0,2}")
 SPLITS = ("train", "validation", "test")
 SHUFFLE_BUFFER = 1000  # rows of a stream read ahead, of which one is drawn at random
 PIECE = 200_000  # characters tokenised at a time: a long document is cut at a line end near there
@@ -241,7 +241,7 @@ def _parquet(file: Path) -> Any:
     try:
         return ParquetFile(file)
     except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is not a readable parquet file ({_first_line(error)})") from error
+        raise UserError(f"{file} is not a readable parquet file ({first_line(error)})") from error
 
 
 def _read_group(file: Path, group: int) -> list[Document]:
@@ -250,7 +250,7 @@ def _read_group(file: Path, group: int) -> list[Document]:
     try:
         rows = parquet.read_row_group(group, columns=[column]).to_pylist()
     except (OSError, ValueError) as error:  # Arrow's errors are either
-        raise UserError(f"{file} cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{file} cannot be read ({first_line(error)})") from error
     return [_document(row, f"{file} row group {group + 1} row {i}") for i, row in enumerate(rows, 1)]
 
 
@@ -264,7 +264,7 @@ def _hub(source: str, seed: int | None, token: str | None, cache_dir: str | None
         except Exception as error:  # of datasets, the hub's client or its HTTP library, whichever that is
             raise UserError(
                 f"{source} is no file or folder here, and reading it as a hub dataset failed "
-                f"({type(error).__name__}: {_first_line(error)}); check its name, the connection and --token"
+                f"({type(error).__name__}: {first_line(error)}); check its name, the connection and --token"
             ) from error
         yield _document(row, f"{source} row {number}")
 
@@ -316,7 +316,7 @@ def _conversation(source: str, messages: list[dict[str, Any]], tokenizer: Any, p
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{source}: the chat template refuses one: {_first_line(error)}") from error
+        raise UserError(f"{source}: the chat template refuses one: {first_line(error)}") from error
     # A template writes BOS itself; where every window starts with it already, it would come twice.
     return text.removeprefix(tokenizer.bos_token) if prefix and tokenizer.bos_token else text
 
@@ -394,7 +394,3 @@ def _check_enough(taken: list[Taken], weights: list[float], samples: int, length
                 f"{part.source} has {len(part.ids):,} tokens, and {count * length:,} are needed ({count} "
                 f"windows of {length} text tokens); {advice}; give more text or a shorter --sequence-length"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]

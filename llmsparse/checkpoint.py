@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmsparse.errors import UserError
+from llmsparse.errors import UserError, first_line
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -126,9 +126,24 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self.folder}: its config.json cannot be used: {first_line(error)}") from error
+
+    def tokenizer(self, trust_remote_code: bool = False) -> Any:
+        """The transformers tokenizer of this folder."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(
-                f"{self.folder}: its config.json cannot be used: {str(error).splitlines()[0]}"
+                f"{self.folder} has no tokenizer that transformers can load: {first_line(error)}"
             ) from error
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of most of the floating-point tensors."""
+        dtypes = [dtype for name in self.names() if (dtype := self.dtype(name)).is_floating_point]
+        return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
 
     def sha256(self) -> dict[str, str]:
         """The hash of every weight file and of config.json."""
@@ -222,7 +237,7 @@ def _download(model: str, revision: str | None, token: str | None, cache_dir: st
     except HFValidationError as error:
         raise UserError(f"{model!r} is neither a folder nor a hub id (owner/name)") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{model} is not a local folder and could not be had from the hub: {reason}"
         ) from error

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -129,19 +128,11 @@ class LazyCommand(TyperCommand):
         return self._command.invoke(ctx)
 
 
-def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The function's parameters; ``**options`` stands for the fields of a recipe."""
-    options = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in fields(Recipe)
-    ]
-    own = inspect.signature(function).parameters.values()
-    return [p for o in own for p in (options if o.kind is inspect.Parameter.VAR_KEYWORD else [o])]
-
-
 def shell_function(command: str) -> Callable[..., None]:
     """A function for typer whose parameters are those of the command's public function, and ``--json``."""
-    parameters = [p for p in parameters_of(SHELLS[command].load()) if p.name not in PYTHON_ONLY]
+    parameters = [
+        p for p in inspect.signature(SHELLS[command].load()).parameters.values() if p.name not in PYTHON_ONLY
+    ]
 
     def shell(ctx: typer.Context, **values: Any) -> None:
         as_json = values.pop("json")
@@ -225,6 +216,8 @@ def explain(error: Exception, given: dict[str, Any]) -> str | None:
     if full:  # safetensors and torch wrap the system's error in their own
         where = f" while writing {given['out']}" if "out" in given else ""
         return f"disk full{where} ({text}); free some space, then run the same command with --resume"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({text}); use a smaller --batch-size, --samples or --sequence-length, or --device cpu"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return f"{text}; choose a place that you may read and write"
     return None
@@ -249,7 +242,9 @@ def _streams(speaks: bool, as_json: bool) -> Iterator[None]:
 
 def _print(command: str, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(_finite(result), indent=2, default=str, allow_nan=False))
+        from llmsparse.report import finite
+
+        typer.echo(json.dumps(finite(result), indent=2, default=str, allow_nan=False))
         return
     from rich.console import Console
 
@@ -257,15 +252,6 @@ def _print(command: str, result: dict[str, Any], as_json: bool) -> None:
 
     width = None if sys.stdout.isatty() else 160  # a pipe has no width; rich would take 80
     Console(file=sys.stdout, width=width).print(SHOW[command](result))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither infinity nor NaN: null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 app = typer.Typer(

@@ -1,5 +1,8 @@
 """Where forward passes run, and in which number format."""
 
+import re
+from pathlib import Path
+
 import torch
 
 from llmsparse.errors import UserError
@@ -8,21 +11,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1``... into a device; auto prefers an accelerator.
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1``... into a device; auto is CUDA or the CPU.
 
     Raises:
         UserError: the device is unknown or absent.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device == "auto":
-        return accelerator or torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device} is not a device name; use auto, cpu or cuda") from error
-    if chosen.type != "cpu" and (accelerator is None or chosen.type != accelerator.type):
+    if chosen.type == "cpu":
+        return chosen
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or chosen.type != accelerator.type:
         found = accelerator.type if accelerator else "only the CPU"
         raise UserError(f"--device {device} was asked for, but {found} is available; use --device auto")
+    if (chosen.index or 0) >= torch.accelerator.device_count():
+        found = f"{torch.accelerator.device_count()} of them are here, counted from 0"
+        raise UserError(f"--device {device} was asked for, but {found}")
     return chosen
 
 
@@ -38,8 +46,16 @@ def forward_dtype(dtype: str, checkpoint_dtype: torch.dtype, device: torch.devic
         return DTYPES[dtype]
     if device.type != "cpu" or checkpoint_dtype == torch.float32:
         return checkpoint_dtype
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }.get(checkpoint_dtype)
-    return checkpoint_dtype if native is not None and native() else torch.float32
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if checkpoint_dtype not in names or not torch.backends.mkldnn.is_available():
+        return torch.float32
+    return checkpoint_dtype if getattr(torch.ops.mkldnn, names[checkpoint_dtype])() else torch.float32
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on ``device`` now; where the system does not tell, 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) * 1024 if found else 4 << 30

@@ -2,8 +2,13 @@
 
 
 class UserError(ValueError):
-    """What was asked, what was found and what to do, in one message; the command line prints it without a traceback."""
+    """What was asked, what was found and what to do, in one message; shown without a traceback."""
 
 
 class SolverError(UserError):
     """A layer that cannot be solved from its statistics."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

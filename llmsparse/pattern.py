@@ -56,7 +56,7 @@ class Unstructured:
             raise UserError(
                 f"sparsity must lie between 0 % and 100 %; {self.sparsity:.6g} was given, e.g. use 50%"
             )
-        if self.scope not in (None, *SCOPES, "chunk"):
+        if self.scope not in (None, *SCOPES):
             raise UserError(
                 f"scope {self.scope!r} is unknown; use one of {', '.join(SCOPES)}, or leave it out"
             )

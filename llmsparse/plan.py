@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 
 from llmsparse import plugins
+from llmsparse.calibration import Calibration, calibrate
 from llmsparse.checkpoint import Checkpoint
-from llmsparse.device import forward_dtype, pick_device
+from llmsparse.device import available_memory, forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.pattern import Pattern, describe, parse
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.skeleton import Skeleton, Weight
+from llmsparse.statistics import Gram
 
 
 @dataclass
@@ -36,10 +39,8 @@ class Job:
 
     def coverage(self) -> dict[str, Any]:
         """Pruned parameters over all parameters and over those of all linears."""
-        sizes = {w.name: w.out_features * w.in_features for w in self.skeleton.weights if w.block is not None}
         pruned = sum(w.out_features * w.in_features for w in self.weights)
-        head = sum(w.out_features * w.in_features for w in self.weights if w.block is None)
-        linear = sum(sizes.values()) + head
+        linear = sum(w.out_features * w.in_features for w in self.skeleton.weights)
         everything = sum(
             self.checkpoint.bytes(n) // self.checkpoint.dtype(n).itemsize for n in self.checkpoint.names()
         )
@@ -51,28 +52,59 @@ class Job:
             "of_all": pruned / everything,
         }
 
+    def calibrate(self) -> Calibration | None:
+        """The calibration windows; None for a data-free solver."""
+        recipe = self.recipe
+        if self.solver.statistics is None:
+            return None
+        assert recipe.samples and recipe.sequence_length
+        return calibrate(
+            recipe.calibration, self.checkpoint.tokenizer(recipe.trust_remote_code), samples=recipe.samples,
+            sequence_length=recipe.sequence_length, seed=recipe.seed, token=recipe.token,
+            cache_dir=recipe.cache_dir, vocab_size=self.skeleton.config.get_text_config().vocab_size,
+        )  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """The options that must be equal for a resumed run to give the same bytes."""
+        free = ("offload", "cache_dir")  # these never change a bit
+        options = {key: value for key, value in self.recipe.as_dict().items() if key not in free}
+        return {**options, "device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def tensors(self, block: int) -> list[str]:
+        """Names on disk of everything in one block."""
+        prefix = f"{self.skeleton.block_path}.{block}."
+        return [
+            name for p, parts in self.skeleton.sources.items() if p.startswith(prefix) for name, _ in parts
+        ]
+
+    def batch_size(self) -> int:
+        """Windows a pass: as asked, else as many as gain something."""
+        if self.recipe.batch_size != "auto":
+            return int(self.recipe.batch_size)
+        assert self.recipe.sequence_length
+        return max(1, (2048 if self.device.type == "cpu" else 32768) // self.recipe.sequence_length)
+
+    def pass_bytes(self, batch_size: int) -> int:
+        """About what one pass holds while it waits inside a block."""
+        assert self.recipe.sequence_length
+        widths = [w.in_features + w.out_features for w in self.skeleton.weights if w.block is not None]
+        return 2 * batch_size * self.recipe.sequence_length * max(widths) * self.dtype.itemsize
+
+    def passes_kept(self, batch_size: int) -> int:
+        """How many passes may wait with their activations in half of the memory that is free now."""
+        return max(1, available_memory(self.device) // 2 // self.pass_bytes(batch_size))
+
 
 def prepare(model: str | Path, recipe: Recipe) -> Job:
     """Resolve and check a run; refuses exactly what ``prune`` refuses before it reads a weight."""
-    make = plugins.load("solvers", recipe.solver).solver
-    options = recipe.solver_options()
-    known = [f.name for f in fields(make)]
-    if unknown := sorted(set(options) - set(known)):
-        raise UserError(
-            f"--set {unknown[0]}: {recipe.solver} has no such option; it has {', '.join(known) or 'none'}"
-        )
-    try:
-        solver = make(**options)
-    except TypeError as error:
-        raise UserError(f"--set {' '.join(recipe.set)}: {recipe.solver} cannot use it ({error})") from error
+    solver = _solver(recipe)
     rules = [_rule(text, recipe.scope) for text in recipe.pattern]
     device = pick_device(recipe.device)
     checkpoint = Checkpoint.open(model, recipe.revision, recipe.token, recipe.cache_dir)
     config = checkpoint.config(recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model} is quantised; prune the unquantised checkpoint")
-    stored = getattr(config, "dtype", None) or checkpoint.dtype(checkpoint.names()[0])
-    dtype = forward_dtype(recipe.dtype, stored, device)
+    dtype = forward_dtype(recipe.dtype, checkpoint.stored_dtype, device)
     skeleton = Skeleton(checkpoint, dtype, recipe.trust_remote_code)
     if not skeleton.blocks:
         raise UserError(f"{model} has no decoder blocks")
@@ -80,11 +112,30 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     return Job(with_defaults(recipe, config), checkpoint, skeleton, solver, patterns, dtype, device)
 
 
+def _solver(recipe: Recipe) -> Any:
+    """The solver object that was given, or the named one with its ``--set`` options."""
+    options = recipe.solver_options()
+    if not isinstance(recipe.solver, str):
+        if options:
+            raise UserError("set goes with a solver's name; give the options to the solver object itself")
+        return recipe.solver
+    make = plugins.load("solvers", recipe.solver).solver
+    known = [f.name for f in fields(make)]
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(
+            f"--set {unknown[0]}: {recipe.solver} has no such option; it has {', '.join(known) or 'none'}"
+        )
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise UserError(f"--set {' '.join(recipe.set)}: {recipe.solver} cannot use it ({error})") from error
+
+
 def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     """Fill in the sample count and length, and refuse windows longer than the model takes."""
     builtin = recipe.calibration == "builtin"
     samples = recipe.samples or (64 if builtin else 128)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = recipe.sequence_length or min(512 if builtin else 2048, limit or 2048)
     if limit and length > limit:
         raise UserError(
@@ -93,7 +144,9 @@ def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     return replace(recipe, samples=samples, sequence_length=length)
 
 
-def _rule(text: str, scope: str | None) -> tuple[re.Pattern[str] | None, Pattern]:
+def _rule(text: Any, scope: str | None) -> tuple[re.Pattern[str] | None, Pattern]:
+    if not isinstance(text, str):
+        return None, text  # a pattern object
     expression, equals, pattern = text.rpartition("=")
     if not equals:
         return None, parse(text, scope)
@@ -151,23 +204,24 @@ def _check_width(weight: Weight, pattern: Pattern) -> None:
 def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, Any]:
     """What ``prune`` would do with the same options: weights, patterns, coverage, bytes, memory and time.
 
-    Reads config and file headers only. Bytes and seconds are plain numbers; the time is an estimate from a
-    short measurement of this machine's matrix products.
+    Reads config and file headers, and the calibration text; no weights. Bytes and seconds are plain numbers;
+    the time is an estimate from a short measurement of this machine's matrix products.
 
     Raises:
         UserError: whatever ``prune`` would refuse before it loads a weight.
     """
     job = prepare(model, Recipe.of(recipe, options))
+    text = job.calibrate()
     r = job.recipe
     size = sum(job.checkpoint.bytes(name) for name in job.checkpoint.names())
-    calibrated = job.solver.statistics is not None
     return {
         "model": str(model),
         "architecture": job.skeleton.config.model_type,
-        "solver": r.solver,
+        "solver": str(r.solver),
         "calibration": f"{r.calibration}, {r.samples} x {r.sequence_length}"
-        if calibrated
+        if text
         else "none (data-free solver)",
+        "tokens_sha256": text.sha256 if text else None,
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": str(job.device),
         "blocks": len(job.skeleton.blocks),
@@ -182,52 +236,70 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         "coverage": job.coverage(),
         "read_bytes": size,
         "write_bytes": size,
-        **_memory(job, calibrated),
-        "seconds_estimate": _seconds(job) if calibrated else size / 2e8,
+        **_memory(job),
+        "seconds_estimate": _seconds(job),
+        "warnings": [f"{name} is left as it is: no linear weight" for name in job.skeleton.unrecognised],
     }
 
 
 plan.__signature__ = with_options(plan)  # type: ignore[attr-defined]
 
 
-def _memory(job: Job, calibrated: bool) -> dict[str, int]:
-    """Expected peaks beyond the imports: one block, its statistics, the largest solve, and the hidden states."""
-    itemsize = job.dtype.itemsize
-    blocks: dict[int | None, int] = {}
-    inputs: dict[int | None, set[tuple[str, int]]] = {}
-    for w in job.skeleton.weights:
-        blocks[w.block] = blocks.get(w.block, 0) + w.out_features * w.in_features * itemsize
-        inputs.setdefault(w.block, set()).add((w.parameter.rsplit(".", 2)[0], w.in_features))
-    outside = sum(job.checkpoint.bytes(n) for n in job.checkpoint.names()) - sum(
-        w.out_features * w.in_features * job.checkpoint.dtype(w.source).itemsize
-        for w in job.skeleton.weights
-        if w.block is not None
-    )
-    block = max(size for key, size in blocks.items() if key is not None)
-    solve = 4 * max(4 * w.out_features * w.in_features + 4 * w.in_features**2 for w in job.weights)
-    grams = 4 * max(sum(width**2 for _, width in group) for group in inputs.values()) if calibrated else 0
-    recipe = job.recipe
+def _memory(job: Job) -> dict[str, int]:
+    """Expected peaks beyond the imports: a block, its passes, the largest solve, the hidden states."""
+    itemsize, recipe = job.dtype.itemsize, job.recipe
     assert recipe.samples and recipe.sequence_length
-    width = getattr(job.skeleton.config, "hidden_size", 0)
-    hidden = recipe.samples * recipe.sequence_length * width * itemsize if calibrated else 0
-    work = max(block + grams + solve, outside)
-    on_device = job.device.type != "cpu"
+    weights = [w for w in job.skeleton.weights if w.block is not None]
+    blocks = Counter[int]()
+    for w in weights:
+        blocks[w.block or 0] += w.out_features * w.in_features
+    inside = sum(w.out_features * w.in_features * job.checkpoint.dtype(w.source).itemsize for w in weights)
+    outside = sum(job.checkpoint.bytes(n) for n in job.checkpoint.names()) - inside
+    solve = 4 * max(4 * w.out_features * w.in_features + 5 * w.in_features**2 for w in job.weights)
+    waiting = hidden = 0
+    if job.solver.statistics is not None:
+        batch = min(job.batch_size(), recipe.samples)
+        waiting = min(-(-recipe.samples // batch), job.passes_kept(batch)) * job.pass_bytes(batch)
+        hidden = (
+            recipe.samples
+            * recipe.sequence_length
+            * job.skeleton.config.get_text_config().hidden_size
+            * itemsize
+        )
+    work = max(max(blocks.values()) * itemsize + solve + waiting, outside)
+    here = {"cpu": "host", "none": "device", "disk": "disk"}[recipe.offload]
+    if job.device.type == "cpu":
+        return {"peak_host_bytes": work + (hidden if here != "disk" else 0), "peak_device_bytes": 0}
     return {
-        "peak_host_bytes": hidden + (block if on_device else work),
-        "peak_device_bytes": work if on_device else 0,
+        "peak_host_bytes": max(blocks.values()) * itemsize + (hidden if here == "host" else 0),
+        "peak_device_bytes": work + (hidden if here == "device" else 0),
     }
 
 
 def _seconds(job: Job) -> float:
-    """Two forward passes, the Grams and the factorisations, at the measured speed of a matrix product."""
+    """A forward pass, the Grams of distinct inputs and the solves, at the measured speed of a matrix product."""
     recipe = job.recipe
     assert recipe.samples and recipe.sequence_length
-    tokens = recipe.samples * recipe.sequence_length
-    parameters = sum(w.out_features * w.in_features for w in job.skeleton.weights if w.block is not None)
-    shared = {(w.parameter.rsplit(".", 2)[0], w.in_features) for w in job.weights}
-    gram = sum(tokens * width**2 + 2 * width**3 for _, width in shared)
-    solve = sum(3 * w.out_features * w.in_features**2 for w in job.weights)
-    return (4 * tokens * parameters + gram + solve) / _flops(job.device, job.dtype)
+    work = float(sum(20 * w.out_features * w.in_features for w in job.weights))
+    if job.solver.statistics is not None:
+        tokens = recipe.samples * recipe.sequence_length
+        work += (
+            2
+            * tokens
+            * sum(w.out_features * w.in_features for w in job.skeleton.weights if w.block is not None)
+        )
+        if job.solver.statistics is Gram:
+            own = [
+                w for w in job.weights if not re.search(r"\b(k_proj|v_proj|up_proj|w3)\b", w.name)
+            ]  # share an input
+            work += sum(
+                1.2 * tokens * w.in_features**2 + 2 * w.in_features**3 for w in own if w.expert is None
+            )
+            work += sum(3 * w.out_features * w.in_features**2 for w in job.weights)
+    return (
+        work / _flops(job.device, job.dtype)
+        + 2 * sum(map(job.checkpoint.bytes, job.checkpoint.names())) / 1e9
+    )
 
 
 def _flops(device: torch.device, dtype: torch.dtype) -> float:

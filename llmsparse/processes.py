@@ -1,24 +1,33 @@
 """The processes of an ``accelerate launch``: windows are split, sums are added, weights are solved in turn."""
 
 import os
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from llmsparse.errors import UserError
 from llmsparse.statistics import Statistics
+
+T = TypeVar("T")
 
 
 class Processes:
     """This process's place among all of them; alone it does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState(cpu=not torch.cuda.is_available())
+            if re.fullmatch(r"\w+:\d+", device):
+                raise UserError(
+                    f"--device {device} would put {self.count} processes on one device; use --device auto"
+                )
+            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
         self.rank = dist.get_rank() if self.count > 1 else 0
 
     @classmethod
@@ -36,8 +45,30 @@ class Processes:
         """This process's part of the calibration windows."""
         return items[self.rank :: self.count]
 
-    def owns(self, number: int) -> bool:
-        return number % self.count == self.rank
+    def device(self, asked: torch.device) -> torch.device:
+        """The device of this process, where ``asked`` names a kind of device."""
+        if self.count == 1 or asked.type == "cpu":
+            return asked
+        return self._state.device
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Do something in every process; where one fails, all raise its error."""
+        result, error = None, None
+        try:
+            result = act()
+        except Exception as caught:
+            error = caught
+        failed = [other for other in self.gather(error) if other is not None]
+        if error is not None:
+            raise error
+        if failed:
+            raise failed[0]
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.count > 1:
+            self._state.destroy_process_group()
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's ``value`` (picklable), by rank."""

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmsparse.calibration import Calibration, calibrate
-from llmsparse.errors import UserError
-from llmsparse.plan import Job, prepare
+from llmsparse.calibration import Calibration
+from llmsparse.plan import prepare
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
 from llmsparse.recipe import Recipe, with_options
@@ -23,97 +22,47 @@ def prune(
     """Prune ``model`` (hub id or folder) into the new folder ``out`` and return the report.
 
     ``out`` is an ordinary Hugging Face folder with ``report.json`` beside the weights; it appears whole or
-    not at all. ``recipe`` is a YAML file or a ``Recipe``; options win over it.
+    not at all. ``recipe`` is a YAML file or a ``Recipe``; options win over it. ``solver`` and ``pattern`` may
+    also be objects that satisfy the protocols of ``llmsparse.solvers`` and ``llmsparse.pattern``.
 
     Raises:
         UserError: anything that the user can mend, before a weight is loaded where possible.
     """
-    processes, phases, progress = Processes(), Phases(), progress or Quiet()
-    with phases("plan"):
-        job = prepare(model, Recipe.of(recipe, options))
-        writer = Writer(job.checkpoint, out, overwrite)
-    with phases("calibration text"):
-        text = _calibrate(job) if job.solver.statistics else None
-    with phases("hash"):
-        identity = _identity(job, text)
-    if processes.is_main:
-        writer.begin(identity, resume)
-    writer.finished = processes.first(writer.finished)
-    records = _prune_blocks(job, text, writer, processes, phases, progress)
-    report = _report(job, str(model), writer, identity, text, records, phases)
-    if processes.is_main:
-        writer.copy(sorted(set(job.checkpoint.names()) - _written(job)))
-        writer.finish(report)
+    progress = progress or Quiet()
+    job = prepare(model, Recipe.of(recipe, options))
+    processes = Processes(job.recipe.device)
+    job.device = processes.device(job.device)
+    work = Work(job, Writer(job.checkpoint, out, overwrite), processes, Phases(job.device))
+    progress.start("reading text", 1)
+    with work.phases("calibration text"):
+        text = processes.together(job.calibrate)
+    progress.advance("reading text")
+    work.begin(text, resume)
+    records = _prune_blocks(work, text, progress)
+    report = _report(work, str(model), text, records)
+    work.finish(report)
     return report
 
 
 prune.__signature__ = with_options(prune)  # type: ignore[attr-defined]
 
 
-def _calibrate(job: Job) -> Calibration:
-    from transformers import AutoTokenizer
-
-    recipe = job.recipe
-    assert recipe.samples and recipe.sequence_length
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            job.checkpoint.folder, trust_remote_code=recipe.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{job.checkpoint.folder} has no usable tokenizer: {str(error).splitlines()[0]}"
-        ) from error
-    return calibrate(
-        recipe.calibration, tokenizer, samples=recipe.samples, sequence_length=recipe.sequence_length,
-        seed=recipe.seed, token=recipe.token, cache_dir=recipe.cache_dir, vocab_size=job.skeleton.config.vocab_size,
-    )  # fmt: skip
-
-
-def _identity(job: Job, text: Calibration | None) -> dict[str, Any]:
-    """What must be equal for a resumed run to give the same bytes."""
-    result = job.recipe.as_dict()
-    for free in ("batch_size", "offload", "cache_dir"):  # these never change the result
-        result.pop(free)
-    return {
-        **result,
-        "device": job.device.type,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "source": job.checkpoint.sha256(),
-        "tokens_sha256": text.sha256 if text else None,
-    }
-
-
-def _written(job: Job) -> set[str]:
-    """Disk tensors that the block loop writes itself."""
-    return {name for block in range(len(job.skeleton.blocks)) for name in _tensors(job, block)} | {
-        w.source for w in job.weights
-    }
-
-
-def _tensors(job: Job, index: int) -> list[str]:
-    prefix = f"{job.skeleton.block_path}.{index}."
-    return [name for p, parts in job.skeleton.sources.items() if p.startswith(prefix) for name, _ in parts]
-
-
-def _prune_blocks(
-    job: Job, text: Calibration | None, writer: Writer, processes: Processes, phases: Phases, progress: Any
-) -> list[dict[str, Any]]:
+def _prune_blocks(work: Work, text: Calibration | None, progress: Any) -> list[dict[str, Any]]:
     """Solve and write every block in order; finished ones are replayed, forward only."""
-    work = Work(job, writer, processes, phases)
+    job = work.job
     progress.start("pruning", len(job.skeleton.blocks))
     if text is None:
         return _without_data(work, progress)
-    tokens = 2048 if job.device.type == "cpu" else 32768  # a pass; more gain nothing there
-    batch = max(1, tokens // text.windows.shape[1])
+    windows = work.processes.share(text.windows)
     stream = BlockStream(
-        job.skeleton, processes.share(text.windows), job.dtype, job.device,
-        batch_size=batch if job.recipe.batch_size == "auto" else int(job.recipe.batch_size), offload=job.recipe.offload,
-    )  # fmt: skip
+        job.skeleton, windows, job.dtype, job.device, job.batch_size(), job.recipe.offload, work.writer.work
+    )
+    stream.keep = job.passes_kept(stream.batch_size)
     try:
         return _with_stream(work, stream, progress)
     finally:
         stream.hidden.close()
-        phases.facts["batch_size"] = stream.batch_size
+        work.phases.facts["batch_size"] = stream.batch_size
 
 
 def _with_stream(work: Work, stream: BlockStream, progress: Any) -> list[dict[str, Any]]:
@@ -128,10 +77,9 @@ def _with_stream(work: Work, stream: BlockStream, progress: Any) -> list[dict[st
                 weights = [w for w in block.weights if w.name in job.patterns]
                 desk = work.desk(weights, block.views)
                 block.settle(desk.kinds, desk.solve, work.processes)
-                record = desk.finish(block.name, _tensors(job, block.index))
+                record = desk.finish(block.name, job.tensors(block.index))
             else:
-                if work.processes.count > 1:
-                    work.spread(block.module)
+                work.spread(block.module)
                 block.run()
         records += record
         progress.advance("pruning", _detail(record))
@@ -152,7 +100,7 @@ def _without_data(work: Work, progress: Any) -> list[dict[str, Any]]:
         record = work.writer.finished.get(name)
         if record is None:
             desk = work.desk([w for w in job.weights if w.block == index], {})
-            record = desk.finish(name, [] if index is None else _tensors(job, index))
+            record = desk.finish(name, [] if index is None else job.tensors(index))
         records += record
         job.checkpoint.close()
         if index is not None:
@@ -177,33 +125,39 @@ def _detail(record: list[dict[str, Any]]) -> str:
 
 
 def _report(
-    job: Job, model: str, writer: Writer, identity: dict[str, Any], text: Calibration | None,
-    records: list[dict[str, Any]], phases: Phases,
-) -> dict[str, Any]:  # fmt: skip
-    calibration = None
-    if text is not None:
-        calibration = {
+    work: Work, model: str, text: Calibration | None, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    job = work.job
+    warnings = [f"{r['name']} {r['warning']}" for r in records if "warning" in r]
+    if job.skeleton.unrecognised:
+        names = ", ".join(job.skeleton.unrecognised[:3])
+        warnings.append(
+            f"left as they are, not linear weights: {len(job.skeleton.unrecognised)} such as {names}"
+        )
+    return {
+        "model": model,
+        "out": str(work.writer.out),
+        "versions": versions(),
+        "options": {
+            **job.recipe.as_dict(),
+            "dtype": str(job.dtype).removeprefix("torch."),
+            "device": str(job.device),
+            "processes": work.processes.count,
+            **work.phases.facts,
+        },
+        "source_files": work.source,
+        "calibration": None
+        if text is None
+        else {
             "source": job.recipe.calibration,
             "samples": int(text.windows.shape[0]),
             "sequence_length": int(text.windows.shape[1]),
             "tokens_sha256": text.sha256,
             "sources": text.sources,
-        }
-    return {
-        "model": model,
-        "out": str(writer.out),
-        "versions": versions(),
-        "options": {
-            **job.recipe.as_dict(),
-            "dtype": identity["dtype"],
-            "device": str(job.device),
-            **phases.facts,
         },
-        "source_files": identity["source"],
-        "calibration": calibration,
-        "seconds": phases.seconds,
-        "peak_memory": phases.peak,
+        "seconds": work.phases.seconds,
+        "peak_memory": work.phases.peak,
         "coverage": job.coverage(),
         "weights": records,
-        "warnings": [f"{r['name']} {r['warning']}" for r in records if "warning" in r],
+        "warnings": warnings,
     }

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ def _option(default: Any, text: str) -> Any:
 class Recipe:
     """Every option of ``prune`` and ``plan``; ``None`` means the default that its help states."""
 
-    solver: str = _option("sparsegpt", "pruning method, see `llmsparse list solvers`")
-    pattern: tuple[str, ...] = _option(
+    solver: Any = _option("sparsegpt", "pruning method, see `llmsparse list solvers`")
+    pattern: tuple[Any, ...] = _option(
         ("50%",), "50%, or n:m with n KEPT of m; REGEX=PATTERN for some weights (repeatable)"
     )
     scope: str | None = _option(None, "where 50% is counted: row or layer (default: the solver's own)")
@@ -44,14 +44,16 @@ class Recipe:
     token: str | None = _option(None, "hub token (default: the one you are logged in with)")
     cache_dir: str | None = _option(None, "where hub downloads are kept")
     dtype: str = _option("auto", "of forward passes: auto, float32, bfloat16 or float16")
-    batch_size: str = _option("auto", "windows a forward pass: auto, or a number; never changes the result")
+    batch_size: str = _option(
+        "auto", "windows a forward pass: auto, or a number; halved when memory runs out"
+    )
     offload: str = _option("cpu", "where hidden states wait: cpu, disk or none (stay on the device)")
     trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
         for name in ("pattern", "set", "skip", "include"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
+            object.__setattr__(self, name, tuple(value) if isinstance(value, tuple | list) else (value,))
         object.__setattr__(self, "batch_size", str(self.batch_size))
         for name in ("samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -76,9 +78,9 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without the token, for the report and for YAML."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        values.pop("token")
-        return values
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token"}
+        values = {k: [str(item) for item in v] if isinstance(v, tuple) else v for k, v in values.items()}
+        return {**values, "solver": str(self.solver)}
 
     def solver_options(self) -> dict[str, Any]:
         """``--set`` pairs with numbers and booleans read as such."""

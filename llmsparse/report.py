@@ -1,11 +1,12 @@
 """What report.json records besides the run's own facts: versions, time and memory by phase, errors."""
 
+import math
 import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def versions() -> dict[str, str]:
 class Phases:
     """Seconds and peak memory (bytes) by phase; ``facts`` are other things found on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device if device is not None and device.type == "cuda" else None
         self.seconds: dict[str, float] = {}
         self.peak: dict[str, int] = {}
         self.facts: dict[str, Any] = {}
@@ -51,18 +53,26 @@ class Phases:
             self._running.pop()
 
     def _book(self) -> None:
+        """End one stretch of the running phase, and begin the next with fresh high-water marks."""
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)  # queued work belongs to the phase that queued it
         now = time.perf_counter()
         if self._running:
             name = self._running[-1]
             self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._since, 3)
-            self.peak[name] = resident_peak()
-            if torch.cuda.is_available():
-                self.peak[f"{name} (device)"] = torch.cuda.max_memory_allocated()
+            self.peak[name] = max(self.peak.get(name, 0), resident_peak())
+            if self.device is not None:
+                key = f"{name} (device)"
+                self.peak[key] = max(self.peak.get(key, 0), torch.cuda.max_memory_allocated(self.device))
+        if self.device is not None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with suppress(OSError):  # Linux: forget the high-water mark of the resident size
+            Path("/proc/self/clear_refs").write_text("5")
         self._since = now
 
 
 def resident_peak() -> int:
-    """The largest resident size of this process so far, in bytes.
+    """The largest resident size of this process in bytes, on Linux since the phase began.
 
     On Linux from the kernel's own high-water mark: ``ru_maxrss`` is inherited from the parent process there.
     """
@@ -73,6 +83,15 @@ def resident_peak() -> int:
             return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def finite(value: Any) -> Any:
+    """``value`` with infinities and NaN as None: JSON knows neither."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def relative_error(dense: Tensor, pruned: Tensor, statistics: Gram | SquaredNorm | None) -> float | None:

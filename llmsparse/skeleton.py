@@ -1,5 +1,6 @@
 """The model without its weights: where its blocks are, and how names on disk become parameters and back."""
 
+import math
 import re
 from collections import defaultdict
 from copy import deepcopy
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 
-ROUTERS = ("gate", "router", "shared_expert_gate")  # last name of a mixture's routing linear, never pruned
+ROUTERS = {"gate", "router", "shared_expert_gate"}  # a mixture's routing linears, never pruned
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Skeleton:
         found: list[Weight] = []
         for path, module in self.model.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                if path.rsplit(".", 1)[-1] in ROUTERS and self._is_mixture:
+                if self._is_router(path):
                     continue
                 parameter = f"{path}.weight"
                 found += self._weights_of(parameter, isinstance(module, Conv1D))
@@ -192,12 +193,29 @@ class Skeleton:
                         )
         return found
 
-    @property
-    def _is_mixture(self) -> bool:
-        return any(
-            getattr(self.config, key, None)
-            for key in ("num_experts", "num_local_experts", "n_routed_experts")
-        )
+    def _is_router(self, path: str) -> bool:
+        """Routing linears by name, in models whose blocks hold experts (a dense model may call anything a gate)."""
+        parts = set(path.split("."))
+        return bool(parts & ROUTERS) and "experts" not in parts and self._has_experts
+
+    @cached_property
+    def _has_experts(self) -> bool:
+        return any("experts" in name.split(".") for name, _ in self.model.named_modules())
+
+    @cached_property
+    def unrecognised(self) -> list[str]:
+        """Parameters of two or more dimensions in the blocks that are neither linear weights nor routers."""
+        known = {w.parameter for w in self.weights}
+        blocks = {
+            f"{self.block_path}.{name}": p for name, p in self.blocks.named_parameters() if p.dim() >= 2
+        }
+        return [name for name in blocks if name not in known and not set(name.split(".")) & ROUTERS]
+
+    def same_as(self, name: str) -> list[str]:
+        """Other disk tensors that must stay equal to ``name``: a tied pair that the files hold twice."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        pairs = [{part[0] for key in pair for part in self.sources.get(key, [])} for pair in tied.items()]
+        return sorted(other for pair in pairs if name in pair for other in pair if other != name)
 
     def _weights_of(self, parameter: str, transposed: bool) -> list[Weight]:
         match = re.match(rf"{re.escape(self.block_path)}\.(\d+)\.", parameter)
@@ -225,10 +243,9 @@ class Skeleton:
             if tensor.dim() == 2:
                 return {parts[0][0]: tensor}
             return {f"{parts[0][0]}[{i}]": tensor[i] for i in range(tensor.shape[0])}
-        experts, rows, columns = tensor.shape
-        numbers = torch.arange(experts * rows).view(
-            experts, rows, 1
-        )  # every row's number, sent the way of the weights
+        *outer, columns = tensor.shape
+        # every row's number, sent the way of the weights
+        numbers = torch.arange(math.prod(outer)).view(*outer, 1)
         reverted = revert_weight_conversion(self.model, {parameter: numbers})
         views = {}
         for name, _ in parts:
@@ -243,7 +260,7 @@ class Skeleton:
                     f"{self.config.model_type} cannot be streamed: transformers does not say which rows of {parameter} "
                     f"the tensor {name} is"
                 )
-            views[name] = tensor.view(experts * rows, columns)[int(found[0]) : int(found[-1]) + 1]
+            views[name] = tensor.view(-1, columns)[int(found[0]) : int(found[-1]) + 1]
         return views
 
 

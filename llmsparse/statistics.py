@@ -41,6 +41,7 @@ class Gram:
         self.total = total  # (in, in), only the upper panels are current until it is read
         self.tokens = tokens
         self._factors: dict[float, Factor] = {}
+        self._matrix: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -56,11 +57,13 @@ class Gram:
             torch.addmm(panel, rows[:, start : start + PANEL].T, rows[:, start:], out=panel)
         self.tokens += rows.shape[0]
         self._factors.clear()
+        self._matrix = None
 
     def merge(self, other: "Gram") -> None:
         self.total += other.total
         self.tokens += other.tokens
         self._factors.clear()
+        self._matrix = None
 
     def sums(self) -> Tensor:
         """The running sum itself, for an all-reduce."""
@@ -68,9 +71,11 @@ class Gram:
 
     @property
     def matrix(self) -> Tensor:
-        """The mean of x xT, (in, in), symmetric."""
-        upper = self.total.triu()
-        return (upper + upper.triu(1).T) / max(self.tokens, 1)
+        """The mean of x xT, (in, in), symmetric; remembered until the next update."""
+        if self._matrix is None:
+            upper = self.total.triu()
+            self._matrix = (upper + upper.triu(1).T) / max(self.tokens, 1)
+        return self._matrix
 
     def factor(self, damping: float) -> Factor:
         """The upper Cholesky factor of the inverse of the damped Gram, remembered per damping.

@@ -16,6 +16,7 @@ from llmsparse.settle import Settling, Solve
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Statistics
 from llmsparse.walk import Walk
+from llmsparse.writer import disk_errors
 
 Call = tuple[tuple, dict[str, Any]]  # a block's arguments after the hidden states
 
@@ -23,10 +24,12 @@ Call = tuple[tuple, dict[str, Any]]  # a block's arguments after the hidden stat
 class HiddenStates:
     """The activations between two blocks, a window each (length, width): on the host, on disk, or on the device."""
 
-    def __init__(self, offload: str, device: torch.device) -> None:
+    def __init__(self, offload: str, device: torch.device, folder: Path | None = None) -> None:
         self.offload, self.device = offload, device
         self.windows: dict[int, Tensor | Path] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="llmsparse-") if offload == "disk" else None
+        self._folder = (
+            tempfile.TemporaryDirectory(prefix=".hidden-", dir=folder) if offload == "disk" else None
+        )
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -46,7 +49,8 @@ class HiddenStates:
         for index, window in zip(indices, states, strict=True):
             if self._folder is not None:
                 path = Path(self._folder.name) / f"{index}.pt"
-                torch.save(window.cpu().clone(), path)
+                with disk_errors(path):
+                    torch.save(window.cpu().clone(), path)
                 self.windows[index] = path
             else:
                 self.windows[index] = window.to("cpu") if self.offload == "cpu" else window
@@ -135,13 +139,13 @@ class BlockStream:
 
     def __init__(
         self, skeleton: Skeleton, windows: Tensor, dtype: torch.dtype, device: torch.device,
-        batch_size: int = 1, offload: str = "cpu",
+        batch_size: int = 1, offload: str = "cpu", folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.skeleton, self.dtype, self.device = skeleton, dtype, device
         self.windows, self.batch_size = windows, batch_size
         self.keep = 1 << 30  # passes that may wait with their activations in memory
         self.as_tuple = False  # whether blocks return a tuple, found by the rehearsal
-        self.hidden = HiddenStates(offload, device)
+        self.hidden = HiddenStates(offload, device, folder)
         self.reader: Callable[[int], Any] = lambda index: (
             None
         )  # where block ``index`` is read; None: the source
@@ -178,7 +182,9 @@ class BlockStream:
         for index in range(len(self.skeleton.blocks)):
             name = f"{self.skeleton.block_path}.{index}"
             self.skeleton.materialize(name, self.dtype, self.device, self.reader(index))
-            yield Block(self, index)
+            block = Block(self, index)
+            yield block
+            block.views.clear()  # they would keep this block's weights beside the next one's
             self.skeleton.release(name)
             self.skeleton.checkpoint.close()
 
@@ -295,4 +301,6 @@ def _equal(first: Any, second: Any) -> bool:
         return len(first) == len(second) and all(map(_equal, first, second))
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, bool | int | float | str):
+        return first == second
     return type(first) is type(second)

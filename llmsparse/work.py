@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsparse.errors import UserError
+from llmsparse.calibration import Calibration
+from llmsparse.errors import SolverError, UserError
 from llmsparse.pattern import Unstructured
 from llmsparse.plan import Job
 from llmsparse.processes import Processes
-from llmsparse.report import Phases, relative_error
+from llmsparse.report import Phases, relative_error, versions
 from llmsparse.skeleton import Weight
 from llmsparse.solution import Solution
 from llmsparse.statistics import SquaredNorm, Statistics
 from llmsparse.writer import Writer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """What every block of a run shares."""
 
@@ -25,14 +26,47 @@ class Work:
     writer: Writer
     processes: Processes
     phases: Phases
+    source: dict[str, str] = field(default_factory=dict)  # hashes of the source's files
+
+    def begin(self, text: Calibration | None, resume: bool) -> None:
+        """Open the output, or the one of an interrupted run; the main process alone writes."""
+        with self.phases("hash"):
+            self.source = self.processes.together(lambda: self.job.checkpoint.sha256() if self.main else {})
+        fingerprint = {
+            **self.job.identity(),
+            "processes": self.processes.count,
+            "source": self.source,
+            "tokens_sha256": text.sha256 if text else None,
+            "versions": versions(),
+        }
+        self.processes.together(lambda: self.writer.begin(fingerprint, resume) if self.main else None)
+        self.writer.finished = self.processes.first(self.writer.finished)
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Copy what no block holds, and let the output appear with its report."""
+        written = {name for index in range(len(self.job.skeleton.blocks)) for name in self.job.tensors(index)}
+        written |= {
+            name for w in self.job.weights for name in (w.source, *self.job.skeleton.same_as(w.source))
+        }
+        with self.phases("finish"):
+            if self.main:
+                self.writer.copy(sorted(set(self.job.checkpoint.names()) - written))
+                self.writer.prepare_to_finish(report)
+        self.processes.together(lambda: self.writer.finish(report) if self.main else None)
+        self.processes.close()
+
+    @property
+    def main(self) -> bool:
+        return self.processes.is_main
 
     def desk(self, weights: list[Weight], views: dict[str, Tensor]) -> "Desk":
         return Desk(self, {w.name: w for w in weights}, views)
 
     def spread(self, module: nn.Module) -> None:
         """Give every process the main one's finished weights."""
-        for parameter in module.parameters():
-            self.processes.broadcast(parameter.data, 0)
+        if self.processes.count > 1:
+            for parameter in module.parameters():
+                self.processes.broadcast(parameter.data, 0)
 
 
 @dataclass
@@ -57,8 +91,9 @@ class Desk:
                 self.disk[weight.source] = self.work.job.checkpoint.tensor(weight.source).clone()
             stored = weight.stored(self.disk[weight.source])
             owner = len(self.records) % processes.count
-            record = (
-                prune_weight(self.work.job, weight, stored, statistics) if processes.rank == owner else None
+            mine = processes.rank == owner
+            record = processes.together(
+                lambda: prune_weight(self.work.job, weight, stored, statistics) if mine else None
             )
             if processes.count > 1:
                 record = processes.gather(record)[owner]
@@ -70,16 +105,31 @@ class Desk:
 
     def finish(self, block: str, tensors: list[str]) -> list[dict[str, Any]]:
         """Solve what no token came to, write the block with its other ``tensors``, and note that it is done."""
-        for name in self.weights:
-            if name not in self.records:
-                self.solve(name, None)
+        unseen = [w for name, w in self.weights.items() if name not in self.records]
+        if self.work.job.solver.statistics is not None:
+            self._refuse_unobserved(unseen)
+        for weight in unseen:
+            self.solve(weight.name, None)
+        for name in list(self.disk):
+            self.disk.update(dict.fromkeys(self.work.job.skeleton.same_as(name), self.disk[name]))
         records = [self.records[name] for name in self.weights]
         with self.work.phases("write"):
-            if self.work.processes.is_main:
+            if self.work.main:
                 self.work.writer.write(self.disk)
                 self.work.writer.copy(name for name in tensors if name not in self.disk)
                 self.work.writer.finish_block(block, records)
         return records
+
+    def _refuse_unobserved(self, unseen: list[Weight]) -> None:
+        """A single expert may be idle; any other weight that no product used was not recognised."""
+        seen = {self.weights[name].parameter for name in self.records}
+        lost = [w for w in unseen if w.expert is None or w.parameter not in seen]
+        if lost:
+            model_type = self.work.job.skeleton.config.model_type
+            raise UserError(
+                f"{model_type} cannot be pruned whole: no matrix product of its forward was recognised as "
+                f"{lost[0].name}; leave it out with --skip"
+            )
 
 
 def prune_weight(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> dict[str, Any]:
@@ -97,7 +147,7 @@ def prune_weight(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> d
         if statistics.tokens < weight.in_features:
             seen = f"saw {statistics.tokens} tokens for {weight.in_features} inputs"
             notes["warning"] = f"{seen}; use more calibration text"
-        solution = job.solver(dense, statistics, pattern)
+        solution = _calibrated(job, weight.name, dense, statistics)
     stored.copy_(solution.weight)
     _verify(weight.name, stored, solution.mask.to(stored.device))
     return {
@@ -111,6 +161,15 @@ def prune_weight(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> d
         **solution.notes,
         **notes,
     }
+
+
+def _calibrated(job: Job, name: str, dense: Tensor, statistics: Any) -> Solution:
+    if not bool(torch.isfinite(statistics.sums()).all()):
+        raise SolverError(f"{name}: its calibration inputs are not finite; use --dtype float32 or other text")
+    try:
+        return job.solver(dense, statistics, job.patterns[name])
+    except SolverError as error:
+        raise SolverError(f"{name}: {error}") from error
 
 
 def _verify(name: str, stored: Tensor, mask: Tensor) -> None:

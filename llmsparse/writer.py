@@ -14,7 +14,9 @@ from torch import Tensor
 
 from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint, file_sha256
 from llmsparse.errors import UserError
+from llmsparse.report import finite
 
+COPY_BYTES = 256 << 20  # copied tensors held in memory at most, besides the last
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "report.json")
 
@@ -44,9 +46,11 @@ class Writer:
         self.checkpoint = checkpoint
         self.out = Path(out).expanduser().absolute()
         self.work = self.out.with_name(f".{self.out.name}.llmsparse-work")
+        self.old = self.out.with_name(f".{self.out.name}.llmsparse-old")  # what is being replaced
         self.journal = self.work / "journal.jsonl"
         self.finished: dict[str, Any] = {}  # block name -> what its journal line recorded
         self.offsets: dict[str, tuple[Path, int]] = {}
+        self._recover()
         self.check_target(self.out, overwrite, checkpoint.folder)
         self.overwrite = overwrite
 
@@ -109,7 +113,9 @@ class Writer:
                 f"{'; '.join(differ)}. Give the earlier options again, or start over with --overwrite"
             )
         self.finished = {entry["block"]: entry["record"] for entry in entries[1:]}
-        self.journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        whole = self.journal.with_suffix(".new")
+        whole.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        os.replace(whole, self.journal)
 
     def _check_space(self) -> None:
         needed = sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
@@ -169,8 +175,13 @@ class Writer:
 
     def copy(self, names: Iterable[str]) -> None:
         """Copy tensors as they are in the source."""
+        chunk: dict[str, Tensor] = {}
         for name in names:
-            self.write({name: self.checkpoint.tensor(name)})
+            chunk[name] = self.checkpoint.tensor(name)
+            if sum(t.nbytes for t in chunk.values()) > COPY_BYTES:
+                self.write(chunk)
+                chunk = {}
+        self.write(chunk)
 
     def finish_block(self, block: str, record: Any) -> None:
         """Note that every tensor of ``block`` is written."""
@@ -192,22 +203,29 @@ class Writer:
             data = bytearray(stream.read(self.checkpoint.bytes(name)))
         return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
-    def finish(self, report: dict[str, Any]) -> None:
-        """Copy the source's other files, add ``report.json`` and the index, and rename the work folder to OUT."""
+    def prepare_to_finish(self, report: dict[str, Any]) -> None:
+        """Copy the source's other files, write the index, and hash the weight files into ``report``."""
         with disk_errors(self.out):
             self._copy_other_files()
             self._write_index()
             report["files"] = {f.name: file_sha256(f) for f in sorted(self.work.glob("*.safetensors"))}
-            (self.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-            self.journal.unlink()
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Add ``report.json`` and rename the work folder to OUT; the journal goes last, so nothing is lost before."""
+        with disk_errors(self.out):
+            text = json.dumps(finite(report), indent=1, allow_nan=False)
+            (self.work / "report.json").write_text(text + "\n")
             if self.out.is_dir() and any(self.out.iterdir()):
-                old = self.out.with_name(f".{self.out.name}.llmsparse-old")
-                shutil.rmtree(old, ignore_errors=True)
-                self.out.rename(old)
-                self.work.rename(self.out)
-                shutil.rmtree(old)
-            else:
-                self.work.rename(self.out)
+                self.out.rename(self.old)
+            self.work.rename(self.out)
+            (self.out / self.journal.name).unlink()
+            shutil.rmtree(self.old, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Undo or complete a replacement that was killed between its two renames."""
+        if self.old.exists() and not self.out.exists():
+            self.old.rename(self.out)
+        shutil.rmtree(self.old, ignore_errors=True)
 
     def _copy_other_files(self) -> None:
         for file in self.checkpoint.folder.iterdir():

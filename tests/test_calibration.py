@@ -342,7 +342,8 @@ def test_an_id_beyond_the_vocabulary_is_refused(texts):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nonsense", "'nonsense' is not a source of text; sources are builtin, a .txt"),
+        ("no such thing", "'no such thing' is not a source of text; sources are builtin, a .txt"),
+        ("nonsense", "nonsense is no file or folder here, and reading it as a hub dataset failed"),
         ("missing.jsonl", "missing.jsonl does not exist; sources are builtin"),
         ("./missing", "./missing does not exist"),
         ("a.txt=0.5,b.txt", "give every source a weight"),

@@ -133,12 +133,15 @@ def test_coverage_and_report_state_what_was_done(tmp_path, text):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     sizes = {k: v.numel() for k, v in tensors(source).items()}
     linear = sum(n for k, n in sizes.items() if "_proj" in k)
-    assert report["coverage"]["pruned_parameters"] == report["coverage"]["linear_parameters"] == linear
+    assert report["coverage"]["pruned_parameters"] == linear
+    assert report["coverage"]["linear_parameters"] == linear + sizes["lm_head.weight"]
     assert report["coverage"]["all_parameters"] == sum(sizes.values())
     assert report["files"] == hashes(tmp_path / "out")
     assert report["source_files"]["model.safetensors"] == file_sha256(source / "model.safetensors")
     assert report["calibration"]["tokens_sha256"] and report["versions"]["torch"] == torch.__version__
-    assert {"read", "solve", "forward", "write"} <= report["seconds"].keys() and report["peak_memory"]["solve"] > 0
+    assert {"read", "solve", "forward", "write"} <= report["seconds"].keys() and report["peak_memory"][
+        "solve"
+    ] > 0
 
 
 def test_relative_output_error_is_the_layers_own(tmp_path, text):
@@ -208,7 +211,7 @@ def test_resume_with_a_half_written_block_gives_identical_bytes(tmp_path, text, 
 
     def fail_late(self, written):
         calls.append(written)
-        if len(calls) == 12:
+        if len(calls) == 4:
             real(self, {k: torch.full_like(v, 7) for k, v in written.items()})
             raise KeyboardInterrupt
         real(self, written)

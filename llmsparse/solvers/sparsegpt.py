@@ -70,7 +70,7 @@ def _budgets(
     if pattern.scope == "layer":
         scores = columns.square() / upper.diagonal().square()[:, None]  # (in, out), before any update
         pruned = ~pattern.select(scores)
-        return [int(pruned[end - step if end % step == 0 else end - end % step : end].sum()) for end in ends]
+        return [int(pruned[begin:end].sum()) for begin, end in zip([0, *ends], ends, strict=False)]
     per_column = 1 if pattern.scope == "row" else outputs
     totals = [0, *(pattern.pruned(per_column * end) for end in ends)]
     return [after - before for before, after in zip(totals, totals[1:], strict=False)]

@@ -78,6 +78,6 @@ def test_what_cannot_be_scored_is_refused(tmp_path, name, content, message):
 
 def test_an_unknown_text_is_refused_with_the_forms():
     with pytest.raises(
-        UserError, match="'nonsense' is not a source of text; sources are wikitext2, builtin, a .txt"
+        UserError, match="'no such thing' is not a source of text; sources are wikitext2, builtin, a .txt"
     ):
-        load_text("nonsense")
+        load_text("no such thing")
