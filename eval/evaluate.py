@@ -44,10 +44,9 @@ def evaluate(
     if windows is not None and windows < 1 or batch_size < 1:
         raise UserError(f"--windows {windows} with batches of {batch_size}: both start at 1")
     where = pick_device(device)
-    hub = {"token": token, "cache_dir": cache_dir}
-    checkpoints = [Checkpoint.open(model, revision=revision, **hub)]
+    checkpoints = [Checkpoint.open(model, revision, token, cache_dir)]
     if against is not None:
-        checkpoints.append(Checkpoint.open(against, **hub))
+        checkpoints.append(Checkpoint.open(against, None, token, cache_dir))
     for checkpoint in checkpoints:
         _check_context(checkpoint, context, trust_remote_code)
     tokenizer = checkpoints[0].tokenizer(trust_remote_code)

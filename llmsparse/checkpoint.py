@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsparse.errors import UserError, first_line
+from llmsparse.hub import Source
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -19,18 +20,6 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-HUB_FILES = (
-    "*.safetensors",
-    "*.bin",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-    "*.py",
-)
 
 
 class Checkpoint:
@@ -40,14 +29,16 @@ class Checkpoint:
     ``weights_only=True``. ``close`` lets go of the open files (and of their resident pages).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, headers: dict[str, dict[str, Any]] | None = None) -> None:
         self.folder = folder
-        self.location = _locate(folder)  # tensor name -> file name
-        self.headers: dict[str, dict[str, Any]] = {}  # file name -> tensor name -> {"dtype", "shape"}
         self._open: dict[str, Any] = {}
         self._stack = ExitStack()
-        for file in self.files:
-            self.headers[file.name] = _header(file)
+        if headers is not None:  # file name -> tensor name -> {"dtype", "shape"}; the weights are elsewhere
+            self.headers = headers
+            self.location = {name: file for file, tensors in headers.items() for name in tensors}
+            return
+        self.location = _locate(folder)  # tensor name -> file name
+        self.headers = {file.name: _header(file) for file in self.files}
         missing = [name for name, file in self.location.items() if name not in self.headers[file]]
         if missing:
             raise UserError(
@@ -61,8 +52,9 @@ class Checkpoint:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
+        headers_only: bool = False,
     ) -> "Checkpoint":
-        """Open a local folder, or download a hub id.
+        """Open a local folder, or download a hub id; with ``headers_only`` everything of it but the weights.
 
         Raises:
             UserError: neither a folder with a checkpoint nor a hub id that can be reached.
@@ -74,7 +66,9 @@ class Checkpoint:
             raise UserError(
                 f"{model} is not a folder with a checkpoint; give a hub id (owner/name) or such a folder"
             )
-        return cls(_download(str(model), revision, token, cache_dir))
+        source = Source(str(model), revision, token, cache_dir)
+        found = source.headers() if headers_only else None
+        return cls(*found) if found else cls(source.download())
 
     @property
     def files(self) -> list[Path]:
@@ -210,34 +204,3 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read memory-mapped with weights_only=True; convert it to safetensors"
         ) from error
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
-
-
-def _download(model: str, revision: str | None, token: str | None, cache_dir: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        files = snapshot_download(
-            model,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            allow_patterns=["*.safetensors*", "config.json"],
-        )
-        kinds = (
-            [p for p in HUB_FILES if p != "*.bin"]
-            if list(Path(files).glob("*.safetensors"))
-            else list(HUB_FILES)
-        )
-        return Path(
-            snapshot_download(
-                model, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=kinds
-            )
-        )
-    except HFValidationError as error:
-        raise UserError(f"{model!r} is neither a folder nor a hub id (owner/name)") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{model} is not a local folder and could not be had from the hub: {reason}"
-        ) from error

@@ -95,12 +95,15 @@ class Job:
         return max(1, available_memory(self.device) // 2 // self.pass_bytes(batch_size))
 
 
-def prepare(model: str | Path, recipe: Recipe) -> Job:
-    """Resolve and check a run; refuses exactly what ``prune`` refuses before it reads a weight."""
+def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Job:
+    """Resolve and check a run; refuses exactly what ``prune`` refuses before it reads a weight.
+
+    With ``headers_only`` a hub model's weight files are not downloaded.
+    """
     solver = _solver(recipe)
     rules = [_rule(text, recipe.scope) for text in recipe.pattern]
     device = pick_device(recipe.device)
-    checkpoint = Checkpoint.open(model, recipe.revision, recipe.token, recipe.cache_dir)
+    checkpoint = Checkpoint.open(model, recipe.revision, recipe.token, recipe.cache_dir, headers_only)
     config = checkpoint.config(recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model} is quantised; prune the unquantised checkpoint")
@@ -210,7 +213,7 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
     Raises:
         UserError: whatever ``prune`` would refuse before it loads a weight.
     """
-    job = prepare(model, Recipe.of(recipe, options))
+    job = prepare(model, Recipe.of(recipe, options), headers_only=True)
     text = job.calibrate()
     r = job.recipe
     size = sum(job.checkpoint.bytes(name) for name in job.checkpoint.names())

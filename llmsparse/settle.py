@@ -28,6 +28,7 @@ class Settling:
         device: torch.device, processes: Processes,
     ) -> None:  # fmt: skip
         self.gate = Gate({name: views[name] for name in kinds})
+        self._experts = {w.name for w in weights if w.expert is not None}
         self._turns = {w.name: _turn(number, w) for number, w in enumerate(weights)}
         self.kinds, self.device, self.processes = kinds, device, processes
         self.leaders: dict[str, str] = {}  # weight name -> the weight whose statistics it shares
@@ -38,8 +39,8 @@ class Settling:
             Walk, tuple[str, Tensor]
         ] = {}  # the tensor is kept: its address must not be given out again
 
-    def arrive(self, walk: Walk) -> None:
-        """Book the inputs of a pass that has just stopped."""
+    def arrive(self, walk: Walk, windows: int) -> None:
+        """Book the inputs of a pass of so many ``windows`` that has just stopped."""
         name, inputs = walk.waiting, walk.inputs
         assert name is not None and inputs is not None
         before, tensor = self._latest.get(walk, (name, inputs))
@@ -52,7 +53,8 @@ class Settling:
         counted.add(leader)
         if leader not in self.statistics:
             self.statistics[leader] = self.kinds[leader].zeros(inputs.shape[-1], self.device)
-        for window in inputs if inputs.dim() == 3 else [inputs]:
+        parts = 1 if name in self._experts else windows  # an expert's tokens do not come by windows
+        for window in inputs.reshape(parts, -1, inputs.shape[-1]):
             self.statistics[leader].update(window)  # one by one: the sums do not depend on the batch size
 
     def forget(self, walk: Walk) -> None:

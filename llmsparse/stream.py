@@ -78,9 +78,7 @@ class Block:
         settling = Settling(
             self.weights, self.views, kinds, self.stream.device, processes or Processes.alone()
         )
-        walks = {
-            indices: Walk(partial(self._forward, indices), settling.gate) for indices in self.stream.batches()
-        }
+        walks = {indices: self._walk(indices, settling) for indices in self.stream.batches()}
         stood: dict[range, str] = {}  # where each pass waits, kept or not
         while True:
             for indices in sorted(walks, key=lambda r: r.start):
@@ -107,7 +105,7 @@ class Block:
             parts = [r for r in stream.split(indices) if r]
             walks.pop(indices)
             stood.pop(indices, None)
-            walks.update({part: Walk(partial(self._forward, part), settling.gate) for part in parts})
+            walks.update({part: self._walk(part, settling) for part in parts})
             settling.inherit([walks[part] for part in parts], walk)
             for part in parts:
                 self._advance(part, walks, stood, settling)
@@ -119,9 +117,13 @@ class Block:
             return
         assert walk.waiting is not None
         stood[indices] = walk.waiting
-        settling.arrive(walk)
+        settling.arrive(walk, len(indices))
         if sum(w.waiting is not None for w in walks.values()) > stream.keep:
             settling.forget(walk)
+
+    def _walk(self, indices: range, settling: Settling) -> Walk:
+        self.stream.calls(len(indices))  # rehearsed here and not inside the pass
+        return Walk(partial(self._forward, indices), settling.gate)
 
     def _forward(self, indices: range) -> Tensor:
         args, kwargs = self.stream.calls(len(indices))[self.index]
@@ -146,9 +148,7 @@ class BlockStream:
         self.keep = 1 << 30  # passes that may wait with their activations in memory
         self.as_tuple = False  # whether blocks return a tuple, found by the rehearsal
         self.hidden = HiddenStates(offload, device, folder)
-        self.reader: Callable[[int], Any] = lambda index: (
-            None
-        )  # where block ``index`` is read; None: the source
+        self.reader: Callable[[int], Any] = _from_source  # where block ``index`` is read
         self._calls: dict[int, list[Call]] = {}
 
     def batches(self) -> Iterator[range]:
@@ -244,7 +244,7 @@ class BlockStream:
                 walk.advance()
                 if walk.waiting:
                     stood.append(walk.waiting)
-                    settling.arrive(walk)
+                    settling.arrive(walk, 1)
                     settling.forget(walk)
             while (name := settling.next([n for n in stood if n not in settling.gate.settled])) is not None:
                 settling.solve(name, solve)
@@ -255,6 +255,10 @@ class BlockStream:
         recorders = [_Recorder(self.as_tuple, final) for _ in self.skeleton.blocks]
         with _replaced(self.skeleton.blocks, recorders):
             self.skeleton.model(input_ids=self.windows[index : index + 1].to(self.device), use_cache=False)
+
+
+def _from_source(index: int) -> None:
+    """Blocks are read from the source checkpoint."""
 
 
 class _Unfit(Exception):

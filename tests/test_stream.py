@@ -1,5 +1,7 @@
 """The stream runs every family as the in-memory model does, one block at a time, and watches the right inputs."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -161,7 +163,7 @@ def test_each_weight_is_solved_on_what_the_pruned_ones_before_it_produce(family,
             walk = Walk(lambda index=index: plain._forward(range(index, index + 1)), whole.gate)
             walk.advance()
             if walk.waiting:
-                whole.arrive(walk)
+                whole.arrive(walk, 1)
                 walk.abandon()
         alone = whole.statistics[name]
         assert found[name][1] == alone.tokens
@@ -173,7 +175,7 @@ def test_each_weight_is_solved_on_what_the_pruned_ones_before_it_produce(family,
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize(("size", "keep"), [(2, 99), (3, 99), (1, 0), (1, 1), (2, 1)])
 def test_batch_size_and_kept_passes_never_change_a_result(family, size, keep, tmp_path):
     folder = save_tiny(family, tmp_path / "m")
@@ -225,6 +227,14 @@ def test_an_error_inside_a_block_is_raised_where_it_can_be_read(tmp_path, monkey
     block = next(iter(make_stream(save_tiny("llama", tmp_path / "m"), windows_for(2))))
     monkeypatch.setattr(block.module.mlp, "forward", lambda x: (_ for _ in ()).throw(ArithmeticError("mine")))
     with pytest.raises(ArithmeticError, match="mine"):
+        block.run()
+
+
+def test_no_weight_of_a_finished_block_stays_in_memory(tmp_path):
+    alive = []
+    for block in make_stream(save_tiny("llama", tmp_path / "m"), windows_for(2)):
+        assert all(reference() is None for reference in alive)
+        alive = [weakref.ref(p) for p in block.module.parameters()]
         block.run()
 
 
