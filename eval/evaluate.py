@@ -52,7 +52,7 @@ def evaluate(
     tokenizer = checkpoints[0].tokenizer(trust_remote_code)
     if against is not None:
         _check_same_vocabulary(checkpoints[0], checkpoints[1], tokenizer, trust_remote_code)
-    text, digest, label = load_text(data, **hub)
+    text, digest, label = load_text(data, token=token, cache_dir=cache_dir)
     ids, rule = cut_windows(text, tokenizer, context, windows)
     _check_ids(checkpoints[0], ids, trust_remote_code)
     used = forward_dtype(dtype, checkpoints[0].stored_dtype, where)
