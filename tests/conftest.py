@@ -1,6 +1,8 @@
 """Fixtures that any test may ask for: real data, a real model, a quiet offline process."""
 
 import os
+import random
+import string
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
@@ -36,3 +38,12 @@ def smollm2() -> Path:
         return converted_smollm2()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A text file for calibrating tiny models."""
+    file = tmp_path / "text.txt"
+    letters = string.ascii_letters + string.digits + " .,;:"
+    file.write_text("".join(random.Random(0).choices(letters, k=20000)))
+    return str(file)

@@ -1,0 +1,54 @@
+"""Two processes share one run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llmsparse.prune import prune
+from tests.pruned import ONE_THREAD, read_report, tensors
+from tests.tiny import save_tiny
+
+
+def launch(*arguments):
+    """The command in two processes (accelerate starts only one on a machine without GPUs, unless told so)."""
+    how = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    start = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "llmsparse", "prune"]
+    return subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, env=ONE_THREAD, check=False
+    )
+
+
+@pytest.mark.parametrize(("family", "solver"), [("qwen3_moe", "sparsegpt"), ("llama", "wanda")])
+def test_two_processes_give_the_single_processs_masks(family, solver, tmp_path, text):
+    source = save_tiny(family, tmp_path / "source")
+    options = {
+        "calibration": text,
+        "samples": 5,
+        "sequence_length": 32,
+        "solver": solver,
+        "include": ["lm_head"],
+    }
+    prune(source, tmp_path / "one", **options)
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if key != "include"]
+    done = launch(source, tmp_path / "two", *given, "--include=lm_head", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["options"]["processes"] == 2  # one process spoke, and only once
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    equal = sum(int(((one[k] == 0) == (two[k] == 0)).sum()) for k in one)
+    assert equal >= 0.999 * sum(v.numel() for v in one.values())
+    first, second = (
+        {w["name"]: w["tokens"] for w in read_report(tmp_path / f)["weights"]} for f in ("one", "two")
+    )
+    assert first == second
+
+
+def test_an_error_in_two_processes_is_told_once_and_ends_both(tmp_path, text):
+    source = save_tiny("llama", tmp_path / "source")
+    done = launch(
+        source, tmp_path / "two", "--calibration", text, "--samples", 100_000, "--sequence-length", 64
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "the largest --samples" in done.stderr
+    assert not (tmp_path / "two").exists()
