@@ -80,13 +80,17 @@ class Block:
         )
         walks = {indices: self._walk(indices, settling) for indices in self.stream.batches()}
         stood: dict[range, str] = {}  # where each pass waits, kept or not
-        while True:
-            for indices in sorted(walks, key=lambda r: r.start):
-                if stood.get(indices) in settling.gate.settled or indices not in stood:
-                    self._advance(indices, walks, stood, settling)
-            if (name := settling.next(list(stood.values()))) is None:
-                return settling
-            settling.solve(name, solve)
+        try:
+            while True:
+                for indices in sorted(walks, key=lambda r: r.start):
+                    if stood.get(indices) in settling.gate.settled or indices not in stood:
+                        self._advance(indices, walks, stood, settling)
+                if (name := settling.next(list(stood.values()))) is None:
+                    return settling
+                settling.solve(name, solve)
+        finally:
+            for walk in walks.values():  # after an error: no pass stays behind with its activations
+                walk.abandon()
 
     def run(self) -> None:
         """Replace the stream's hidden states by this block's outputs."""

@@ -1,5 +1,6 @@
 """The stream runs every family as the in-memory model does, one block at a time, and watches the right inputs."""
 
+import threading
 import weakref
 
 import pytest
@@ -226,8 +227,18 @@ def test_batch_is_halved_when_memory_runs_out(at, tmp_path, monkeypatch):
 def test_an_error_inside_a_block_is_raised_where_it_can_be_read(tmp_path, monkeypatch):
     block = next(iter(make_stream(save_tiny("llama", tmp_path / "m"), windows_for(2))))
     monkeypatch.setattr(block.module.mlp, "forward", lambda x: (_ for _ in ()).throw(ArithmeticError("mine")))
+    before = threading.active_count()
     with pytest.raises(ArithmeticError, match="mine"):
-        block.run()
+        block.settle(dict.fromkeys((w.name for w in block.weights), Gram), lambda name, statistics: None)
+    assert threading.active_count() == before
+
+
+def test_an_error_of_a_solver_ends_every_pass(tmp_path):
+    block = next(iter(make_stream(save_tiny("llama", tmp_path / "m"), windows_for(3))))
+    before = threading.active_count()
+    with pytest.raises(ArithmeticError, match="mine"):
+        block.settle({block.weights[3].name: Gram}, lambda *_: (_ for _ in ()).throw(ArithmeticError("mine")))
+    assert threading.active_count() == before
 
 
 def test_no_weight_of_a_finished_block_stays_in_memory(tmp_path):
