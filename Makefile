@@ -46,6 +46,7 @@ bench: $(READY)  ## Measure speed and memory on the CPU
 
 gpu: $(READY)  ## Measure what runs on a GPU (needs one)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"error: torch {torch.__version__} finds no CUDA GPU; make gpu needs one, make bench measures the CPU")'
+	$(BIN)/python -m benchmarks.large --device cuda
 	$(BIN)/python -m benchmarks.prune_speed --device cuda
 
 clean:  ## Remove the virtual environment and what was built

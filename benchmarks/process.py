@@ -25,6 +25,8 @@ IMPORTED_LATE = (
 class Measured:
     """Seconds, and bytes of peak resident memory above those resident after imports."""
 
+    device_peak: int | None = None
+
     def __enter__(self) -> "Measured":
         for name in IMPORTED_LATE:
             import_module(name)
@@ -40,7 +42,9 @@ class Measured:
     def show(self) -> None:
         import torch
 
-        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        device = self.device_peak
+        if device is None and torch.cuda.is_available():
+            device = torch.cuda.max_memory_allocated()
         figures = {
             "seconds": self.seconds,
             "imported": self.imported,
@@ -81,7 +85,13 @@ def main(model: str, out: str, *options: str) -> None:
     from llmsparse.prune import prune
 
     with Measured() as measured:
-        prune(model, out, **{name: value(text) for name, _, text in (o.partition("=") for o in options)})
+        report = prune(
+            model, out, **{name: value(text) for name, _, text in (o.partition("=") for o in options)}
+        )
+    # pruning starts the kernel's high-water marks anew with every phase, and reports each phase's own
+    peaks = report["peak_memory"]
+    measured.peak = max(measured.peak, *(v for k, v in peaks.items() if not k.endswith("(device)")))
+    measured.device_peak = max((v for k, v in peaks.items() if k.endswith("(device)")), default=None)
     measured.show()
 
 
