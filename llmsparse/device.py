@@ -1,6 +1,8 @@
 """Where forward passes run, and in which number format."""
 
+import ctypes
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -59,3 +61,12 @@ def available_memory(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     return int(found[1]) * 1024 if found else 4 << 30
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps it, in pieces that the next block's tensors often do not fit, so that a long run would grow.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # another C library: it does so by itself, or cannot
+        ctypes.CDLL(None).malloc_trim(0)

@@ -32,13 +32,15 @@ def prune(
     job = prepare(model, Recipe.of(recipe, options))
     processes = Processes(job.recipe.device)
     job.device = processes.device(job.device)
-    work = Work(job, Writer(job.checkpoint, out, overwrite), processes, Phases(job.device))
+    phases = Phases(job.device, progress.now)
+    work = Work(job, Writer(job.checkpoint, out, overwrite), processes, phases, progress)
     progress.start("reading text", 1)
     with work.phases("calibration text"):
         text = processes.together(job.calibrate)
     progress.advance("reading text")
+    progress.start("pruning", len(job.skeleton.blocks))
     work.begin(text, resume)
-    records = _prune_blocks(work, text, progress)
+    records = _without_data(work) if text is None else _with_data(work, text)
     report = _report(work, str(model), text, records)
     work.finish(report)
     return report
@@ -47,25 +49,22 @@ def prune(
 prune.__signature__ = with_options(prune)  # type: ignore[attr-defined]
 
 
-def _prune_blocks(work: Work, text: Calibration | None, progress: Any) -> list[dict[str, Any]]:
+def _with_data(work: Work, text: Calibration) -> list[dict[str, Any]]:
     """Solve and write every block in order; finished ones are replayed, forward only."""
     job = work.job
-    progress.start("pruning", len(job.skeleton.blocks))
-    if text is None:
-        return _without_data(work, progress)
     windows = work.processes.share(text.windows)
     stream = BlockStream(
         job.skeleton, windows, job.dtype, job.device, job.batch_size(), job.recipe.offload, work.writer.work
     )
     stream.keep = job.passes_kept(stream.batch_size)
     try:
-        return _with_stream(work, stream, progress)
+        return _with_stream(work, stream)
     finally:
         stream.hidden.close()
         work.phases.facts["batch_size"] = stream.batch_size
 
 
-def _with_stream(work: Work, stream: BlockStream, progress: Any) -> list[dict[str, Any]]:
+def _with_stream(work: Work, stream: BlockStream) -> list[dict[str, Any]]:
     job, finished, main = work.job, work.writer.finished, work.processes.is_main
     path = job.skeleton.block_path
     stream.reader = lambda index: work.writer if f"{path}.{index}" in finished and main else None
@@ -82,7 +81,7 @@ def _with_stream(work: Work, stream: BlockStream, progress: Any) -> list[dict[st
                 work.spread(block.module)
                 block.run()
         records += record
-        progress.advance("pruning", _detail(record))
+        work.progress.advance("pruning")
     if outside := [w for w in job.weights if w.block is None]:
         desk = work.desk(outside, {})
         with work.phases("forward"):
@@ -91,7 +90,7 @@ def _with_stream(work: Work, stream: BlockStream, progress: Any) -> list[dict[st
     return records
 
 
-def _without_data(work: Work, progress: Any) -> list[dict[str, Any]]:
+def _without_data(work: Work) -> list[dict[str, Any]]:
     """A data-free solver needs no forward pass: weights are read, solved and written block by block."""
     job = work.job
     records: list[dict[str, Any]] = []
@@ -104,7 +103,7 @@ def _without_data(work: Work, progress: Any) -> list[dict[str, Any]]:
         records += record
         job.checkpoint.close()
         if index is not None:
-            progress.advance("pruning")
+            work.progress.advance("pruning")
     return records
 
 
@@ -117,11 +116,6 @@ def _timed(stream: BlockStream, phases: Phases) -> Iterator[Block]:
         if block is None:
             return
         yield block
-
-
-def _detail(record: list[dict[str, Any]]) -> str:
-    errors = [entry["error"] for entry in record if entry["error"] is not None]
-    return f"error {sum(errors) / len(errors):.4f}" if errors else ""
 
 
 def _report(

@@ -5,7 +5,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,13 +31,17 @@ def versions() -> dict[str, str]:
 
 
 class Phases:
-    """Seconds and peak memory (bytes) by phase; ``facts`` are other things found on the way."""
+    """Seconds and peak memory (bytes) by phase; ``facts`` are other things found on the way.
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    ``tell`` is called with the name of the phase that now runs, whenever it changes.
+    """
+
+    def __init__(self, device: torch.device | None = None, tell: Callable[[str], None] | None = None) -> None:
         self.device = device if device is not None and device.type == "cuda" else None
         self.seconds: dict[str, float] = {}
         self.peak: dict[str, int] = {}
         self.facts: dict[str, Any] = {}
+        self._tell = tell or (lambda name: None)
         self._running: list[str] = []
         self._since = 0.0
 
@@ -46,11 +50,13 @@ class Phases:
         """Book the time inside to ``name``; a phase inside another one is not booked twice."""
         self._book()
         self._running.append(name)
+        self._tell(name)
         try:
             yield
         finally:
             self._book()
             self._running.pop()
+            self._tell(self._running[-1] if self._running else "")
 
     def _book(self) -> None:
         """End one stretch of the running phase, and begin the next with fresh high-water marks."""

@@ -73,8 +73,13 @@ class Gram:
     def matrix(self) -> Tensor:
         """The mean of x xT, (in, in), symmetric; remembered until the next update."""
         if self._matrix is None:
-            upper = self.total.triu()
-            self._matrix = (upper + upper.triu(1).T) / max(self.tokens, 1)
+            mean = self.total / max(self.tokens, 1)
+            for start in range(0, mean.shape[0], PANEL):  # panel by panel: no third matrix of this size
+                end = start + PANEL
+                square = mean[start:end, start:end]
+                square.copy_(square.triu() + square.triu(1).T)
+                mean[end:, start:end] = mean[start:end, end:].T
+            self._matrix = mean
         return self._matrix
 
     def factor(self, damping: float) -> Factor:
@@ -104,10 +109,7 @@ def _factor(matrix: Tensor, damping: float) -> Factor:
         )
     for dtype in (matrix.dtype, torch.float64):
         for step in ESCALATION:
-            damped = matrix.to(dtype, copy=True)
-            damped.diagonal()[dead] = 1.0
-            damped.diagonal().add_(damping * step * scale)
-            upper = _inverse_factor(damped)
+            upper = _inverse_factor(matrix.to(dtype), dead, float(damping * step * scale))
             if upper is not None:
                 return Factor(upper.to(matrix.dtype), damping * step, dead)
     raise SolverError(
@@ -115,17 +117,24 @@ def _factor(matrix: Tensor, damping: float) -> Factor:
     )
 
 
-def _inverse_factor(damped: Tensor) -> Tensor | None:
-    """U with UT U = damped^-1, from one Cholesky and one triangular inverse; None when not positive definite.
+def _inverse_factor(matrix: Tensor, dead: Tensor, damping: float) -> Tensor | None:
+    """U with UT U = A^-1 for A = ``matrix``, ones at the ``dead`` inputs' diagonal, ``damping`` added to all of it.
 
-    With J the exchange matrix, J A J = L LT gives A^-1 = (J L^-T J)(J L^-1 J), and J L^-1 J is upper triangular.
+    One Cholesky and one triangular inverse; None when A is not positive definite. With J the exchange matrix,
+    J A J = L LT gives A^-1 = (J L^-T J)(J L^-1 J), and J L^-1 J is upper triangular.
     """
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    flipped = matrix.flip(0, 1)
+    flipped.diagonal()[dead.flip(0)] = 1.0
+    flipped.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    del flipped
     if int(info) != 0:
         return None
-    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return upper.contiguous() if bool(torch.isfinite(upper).all()) else None
+    inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)  # in place
+    del lower
+    upper = inverse.flip(0, 1).contiguous()
+    return upper if bool(torch.isfinite(upper).all()) else None
 
 
 class SquaredNorm:

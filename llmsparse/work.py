@@ -26,6 +26,7 @@ class Work:
     writer: Writer
     processes: Processes
     phases: Phases
+    progress: Any  # a Progress
     source: dict[str, str] = field(default_factory=dict)  # hashes of the source's files
 
     def begin(self, text: Calibration | None, resume: bool) -> None:
@@ -100,6 +101,8 @@ class Desk:
                 stored.copy_(processes.broadcast(stored.contiguous().to(self.work.job.device), owner))
             assert record is not None
             self.records[name] = record
+            if record["error"] is not None:
+                self.work.progress.tell("pruning", f"error {record['error']:.4f} {name}")
             if name in self.views:
                 self.views[name].copy_(stored)
 

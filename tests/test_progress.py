@@ -27,13 +27,18 @@ def test_only_a_terminal_that_no_machine_reads_gets_a_bar(terminal: Terminal) ->
 
 def test_the_bar_shows_phase_count_detail_and_message_as_they_are(terminal: Terminal) -> None:
     with progress_for(terminal) as bar:
+        bar.start("reading", 1)
         bar.start("pruning", 3)
-        bar.advance("pruning", "error 0.0123 [/not markup]")
+        bar.now("forward")
+        bar.tell("pruning", "error 0.0123 [/not markup]")
         bar.message("a [message]")
+        bar.advance("pruning")
         bar.advance("pruning", "error 0.0456")
+        bar.now("solve")
     shown = terminal.getvalue()
     for expected in ("pruning", "2/3", "error 0.0456", "a [message]"):
         assert expected in shown
+    assert "solve" in shown.split("pruning")[-1] and "forward" not in shown.split("pruning")[-1]
 
 
 def test_a_phase_may_start_again_and_an_unannounced_one_counts(terminal: Terminal) -> None:
@@ -57,5 +62,7 @@ def test_silence_takes_every_call(capfd: pytest.CaptureFixture[str]) -> None:
     with Quiet() as quiet:
         quiet.start("pruning", 3)
         quiet.advance("pruning", "detail")
+        quiet.tell("pruning", "detail")
+        quiet.now("forward")
         quiet.message("text")
     assert capfd.readouterr() == ("", "")
