@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsparse.device import return_freed_memory
 from llmsparse.errors import UserError
 from llmsparse.processes import Processes
 from llmsparse.settle import Settling, Solve
@@ -192,7 +191,6 @@ class BlockStream:
             block.views.clear()  # they would keep this block's weights beside the next one's
             self.skeleton.release(name)
             self.skeleton.checkpoint.close()
-            return_freed_memory()
 
     @contextmanager
     def _outside(self, root: nn.Module) -> Iterator[None]:
@@ -203,7 +201,6 @@ class BlockStream:
         finally:
             self.skeleton.release_outside(root)
             self.skeleton.checkpoint.close()
-            return_freed_memory()
 
     @torch.no_grad()
     def _rehearse(self) -> None:
