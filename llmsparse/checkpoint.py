@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmsparse.device import return_freed_memory
 from llmsparse.errors import UserError, first_line
 from llmsparse.hub import Source
 
@@ -110,10 +109,9 @@ class Checkpoint:
         return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
     def close(self) -> None:
-        """Close the files and give freed memory back to the system; reading again opens the files anew."""
+        """Close the files; reading again opens them anew."""
         self._stack.close()
         self._open.clear()
-        return_freed_memory()
 
     def config(self, trust_remote_code: bool = False) -> Any:
         """The transformers config of this folder."""

@@ -1,8 +1,7 @@
 """Where forward passes run, and in which number format."""
 
-import ctypes
+import platform
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,6 +9,10 @@ import torch
 from llmsparse.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {  # torch's questions for AMX, and for 16-bit instructions elsewhere
+    torch.bfloat16: ("_is_amx_tile_supported", "_is_mkldnn_bf16_supported"),
+    torch.float16: ("_is_amx_fp16_supported", "_is_mkldnn_fp16_supported"),
+}
 
 
 def pick_device(device: str) -> torch.device:
@@ -39,8 +42,9 @@ def pick_device(device: str) -> torch.device:
 def forward_dtype(dtype: str, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of forward passes: as asked, or the checkpoint's own where the device multiplies it natively.
 
-    A CPU without 16-bit matrix instructions emulates them several times slower than float32, which holds
-    every bfloat16 and float16 value exactly; there ``auto`` means float32.
+    On a CPU that takes matrix units (AMX, Arm's bf16 and fp16 instructions). Without them 16-bit products are
+    emulated, or, with AVX-512's bf16 alone, still run at half the rate of float32, which holds every bfloat16
+    and float16 value exactly; there ``auto`` means float32.
     """
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -48,10 +52,17 @@ def forward_dtype(dtype: str, checkpoint_dtype: torch.dtype, device: torch.devic
         return DTYPES[dtype]
     if device.type != "cpu" or checkpoint_dtype == torch.float32:
         return checkpoint_dtype
-    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    if checkpoint_dtype not in names or not torch.backends.mkldnn.is_available():
-        return torch.float32
-    return checkpoint_dtype if getattr(torch.ops.mkldnn, names[checkpoint_dtype])() else torch.float32
+    return checkpoint_dtype if _has_matrix_unit(checkpoint_dtype) else torch.float32
+
+
+def _has_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies 16-bit matrices faster than float32 ones."""
+    if dtype not in _UNITS or not torch.backends.mkldnn.is_available():
+        return False
+    amx, native = _UNITS[dtype]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(getattr(torch.cpu, amx, bool)())
+    return bool(getattr(torch.ops.mkldnn, native)())
 
 
 def available_memory(device: torch.device) -> int:
@@ -61,12 +72,3 @@ def available_memory(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     return int(found[1]) * 1024 if found else 4 << 30
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps it, in pieces that the next block's tensors often do not fit, so that a long run would grow.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # another C library: it does so by itself, or cannot
-        ctypes.CDLL(None).malloc_trim(0)

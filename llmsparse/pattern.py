@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,13 +31,20 @@ def keep_largest(score: Tensor, kept: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     if kept >= count:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(count - kept + 1, dim=1, keepdim=True).values  # the smallest kept value
+    threshold = _kth_smallest(score, count - kept + 1)  # the smallest kept value
     mask = score > threshold
     missing = kept - mask.sum(1, keepdim=True)
     tied = score == threshold
     if bool((tied.sum(1, keepdim=True) == missing).all()):
         return mask | tied
     return mask | (tied & (tied.cumsum(1) <= missing))
+
+
+def _kth_smallest(score: Tensor, k: int) -> Tensor:
+    """The ``k``-th smallest entry of each row, counted from 1, (rows, 1)."""
+    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.partition(score.numpy(), k - 1)[:, k - 1 : k])  # ten times faster there
+    return score.kthvalue(k, dim=1, keepdim=True).values
 
 
 @dataclass(frozen=True)

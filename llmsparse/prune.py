@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse.calibration import Calibration
+from llmsparse.heap import return_freed_memory
 from llmsparse.plan import prepare
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
@@ -102,6 +103,7 @@ def _without_data(work: Work) -> list[dict[str, Any]]:
             record = desk.finish(name, [] if index is None else job.tensors(index))
         records += record
         job.checkpoint.close()
+        return_freed_memory()
         if index is not None:
             work.progress.advance("pruning")
     return records

@@ -19,7 +19,8 @@ class Settling:
 
     So a block costs one forward pass, not one to observe and one to replay, and each weight is solved on what
     the pruned weights before it produce. Weights that wait for the very same tensor (q, k and v; gate and up)
-    share one statistics object. Passes beyond ``keep`` are not kept waiting but started anew, which costs time
+    share one statistics object, and are solved one after another while only one pass goes from one to the next.
+    Passes beyond ``keep`` are not kept waiting but started anew, which costs time
     and changes nothing.
     """
 
@@ -67,8 +68,16 @@ class Settling:
         for part in parts:
             self._counted[part] = set(self._counted.get(whole, ()))
 
-    def next(self, waiting: list[str]) -> str | None:
+    def complete(self, name: str | None) -> bool:
+        """Whether a weight that one pass waits for has all its statistics, from a settled weight with the same input.
+
+        Never an expert: only what every pass of every process uses may be solved before all of them stand there.
+        """
+        return name is not None and name not in self._experts and self.leaders.get(name) in self.gate.settled
+
+    def next(self, stood: list[str]) -> str | None:
         """The weight whose turn it is among those that the passes of all processes wait for."""
+        waiting = [name for name in stood if name not in self.gate.settled]
         first = min(waiting, key=self._turns.__getitem__, default=None)
         everyone = [name for name in self.processes.gather(first) if name is not None]
         return min(everyone, key=self._turns.__getitem__, default=None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsparse.errors import UserError
+from llmsparse.heap import Heap, return_freed_memory
 from llmsparse.processes import Processes
 from llmsparse.settle import Settling, Solve
 from llmsparse.skeleton import Skeleton, Weight
@@ -22,38 +23,49 @@ Call = tuple[tuple, dict[str, Any]]  # a block's arguments after the hidden stat
 
 
 class HiddenStates:
-    """The activations between two blocks, a window each (length, width): on the host, on disk, or on the device."""
+    """The activations between two blocks, ``count`` windows (length, width): on the host, on disk, or on the device.
 
-    def __init__(self, offload: str, device: torch.device, folder: Path | None = None) -> None:
-        self.offload, self.device = offload, device
-        self.windows: dict[int, Tensor | Path] = {}
+    In memory they are one tensor, written over: a new one for each block would leave holes in the heap.
+    """
+
+    def __init__(self, offload: str, device: torch.device, count: int, folder: Path | None = None) -> None:
+        self.offload, self.device, self.count = offload, device, count
+        self._states: Tensor | None = None
         self._folder = (
             tempfile.TemporaryDirectory(prefix=".hidden-", dir=folder) if offload == "disk" else None
         )
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return self.count
 
     def close(self) -> None:
         """Forget the windows, and delete what was put on disk."""
-        self.windows.clear()
+        self._states = None
         if self._folder is not None:
             self._folder.cleanup()
 
     def read(self, indices: range) -> Tensor:
-        """A batch of windows, (batch, length, width), on the device."""
-        stored = [self.windows[index] for index in indices]
-        return torch.stack([torch.load(s) if isinstance(s, Path) else s for s in stored]).to(self.device)
+        """A batch of windows, (batch, length, width), on the device; not to be changed, it may be no copy."""
+        if self._folder is not None:
+            return torch.stack([torch.load(self._path(index)) for index in indices]).to(self.device)
+        assert self._states is not None
+        return self._states[indices.start : indices.stop].data.to(self.device)  # .data: counts its own changes
 
     def write(self, indices: range, states: Tensor) -> None:
-        for index, window in zip(indices, states, strict=True):
-            if self._folder is not None:
-                path = Path(self._folder.name) / f"{index}.pt"
-                with disk_errors(path):
-                    torch.save(window.cpu().clone(), path)
-                self.windows[index] = path
-            else:
-                self.windows[index] = window.to("cpu") if self.offload == "cpu" else window
+        """Put (batch, length, width) in the place of these windows."""
+        if self._folder is not None:
+            for index, window in zip(indices, states, strict=True):
+                with disk_errors(self._path(index)):
+                    torch.save(window.cpu().clone(), self._path(index))
+            return
+        if self._states is None:
+            place = "cpu" if self.offload == "cpu" else states.device
+            self._states = torch.empty(self.count, *states.shape[1:], dtype=states.dtype, device=place)
+        self._states[indices.start : indices.stop] = states
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / f"{index}.pt"
 
 
 class Block:
@@ -85,6 +97,8 @@ class Block:
                 for indices in sorted(walks, key=lambda r: r.start):
                     if stood.get(indices) in settling.gate.settled or indices not in stood:
                         self._advance(indices, walks, stood, settling)
+                        if settling.complete(stood.get(indices)):
+                            break  # the other passes need not stop there
                 if (name := settling.next(list(stood.values()))) is None:
                     return settling
                 settling.solve(name, solve)
@@ -131,7 +145,13 @@ class Block:
 
     def _forward(self, indices: range) -> Tensor:
         args, kwargs = self.stream.calls(len(indices))[self.index]
-        output = self.module(self.stream.hidden.read(indices), *args, **kwargs)
+        states = self.stream.hidden.read(indices)
+        before = states._version
+        output = self.module(states, *args, **kwargs)
+        if states._version != before:
+            raise UserError(
+                f"{self.stream.skeleton.config.model_type} cannot be streamed: its blocks change their input in place"
+            )
         return output if isinstance(output, Tensor) else output[0]
 
 
@@ -151,7 +171,7 @@ class BlockStream:
         self.windows, self.batch_size = windows, batch_size
         self.keep = 1 << 30  # passes that may wait with their activations in memory
         self.as_tuple = False  # whether blocks return a tuple, found by the rehearsal
-        self.hidden = HiddenStates(offload, device, folder)
+        self.hidden = HiddenStates(offload, device, len(windows), folder)
         self.reader: Callable[[int], Any] = _from_source  # where block ``index`` is read
         self._calls: dict[int, list[Call]] = {}
 
@@ -183,6 +203,7 @@ class BlockStream:
 
     def __iter__(self) -> Iterator[Block]:
         self._rehearse()
+        heap = Heap()
         for index in range(len(self.skeleton.blocks)):
             name = f"{self.skeleton.block_path}.{index}"
             self.skeleton.materialize(name, self.dtype, self.device, self.reader(index))
@@ -191,6 +212,7 @@ class BlockStream:
             block.views.clear()  # they would keep this block's weights beside the next one's
             self.skeleton.release(name)
             self.skeleton.checkpoint.close()
+            heap.block_done()
 
     @contextmanager
     def _outside(self, root: nn.Module) -> Iterator[None]:
@@ -201,6 +223,7 @@ class BlockStream:
         finally:
             self.skeleton.release_outside(root)
             self.skeleton.checkpoint.close()
+            return_freed_memory()
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -250,7 +273,7 @@ class BlockStream:
                     stood.append(walk.waiting)
                     settling.arrive(walk, 1)
                     settling.forget(walk)
-            while (name := settling.next([n for n in stood if n not in settling.gate.settled])) is not None:
+            while (name := settling.next(stood)) is not None:
                 settling.solve(name, solve)
 
     def _finish(self, index: int) -> None:

@@ -157,7 +157,7 @@ def prune_weight(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> d
         "name": weight.name,
         "shape": [weight.out_features, weight.in_features],
         "pattern": str(pattern),
-        "sparsity": float((~solution.mask).float().mean()),
+        "sparsity": 1 - int(solution.mask.count_nonzero()) / solution.mask.numel(),
         "error": relative_error(dense, stored.to(dense), statistics),
         "error_from": {type(None): None, SquaredNorm: "diagonal"}.get(type(statistics), "gram"),
         "tokens": statistics.tokens if statistics is not None else 0,
@@ -167,7 +167,8 @@ def prune_weight(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> d
 
 
 def _calibrated(job: Job, name: str, dense: Tensor, statistics: Any) -> Solution:
-    if not bool(torch.isfinite(statistics.sums()).all()):
+    sums = statistics.sums()
+    if not bool(torch.isfinite(sums.diagonal() if sums.dim() == 2 else sums).all()):
         raise SolverError(f"{name}: its calibration inputs are not finite; use --dtype float32 or other text")
     try:
         return job.solver(dense, statistics, job.patterns[name])
@@ -177,10 +178,10 @@ def _calibrated(job: Job, name: str, dense: Tensor, statistics: Any) -> Solution
 
 def _verify(name: str, stored: Tensor, mask: Tensor) -> None:
     """The mask after the cast to the checkpoint's dtype: pruned weights are +0.0, the others finite."""
-    pruned = stored.masked_select(~mask)
-    if bool(pruned.count_nonzero()) or bool(torch.signbit(pruned).any()):
+    bits = stored.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.element_size()])
+    if not bool(((bits == 0) | mask).all()):
         raise RuntimeError(f"{name}: pruned weights are not +0.0 after the cast to {stored.dtype}")
-    if not bool(torch.isfinite(stored).all()):
+    if not bool(torch.isfinite(torch.stack(stored.aminmax())).all()):  # NaN is both
         raise UserError(
             f"{name}: the solved weights are not finite in {stored.dtype}; use other calibration text"
         )

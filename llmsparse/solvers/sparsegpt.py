@@ -90,9 +90,13 @@ def _chooser(pattern: Pattern, budgets, chunk: int):  # noqa: ANN001, ANN202
 
 
 def _sweep(columns: Tensor, kept: Tensor, upper: Tensor, width: int | None, choose) -> Tensor:  # noqa: ANN001
-    """Prune one chunk in place: ``columns``, ``kept`` (chunk, out), ``upper`` (chunk, chunk); returns the errors."""
+    """Fill ``kept`` (chunk, out) and update ``columns`` (chunk, out) where kept, with ``upper`` (chunk, chunk).
+
+    Returns the errors (chunk, out); what is pruned keeps the value that it lost.
+    """
     diagonal = upper.diagonal()[:, None]  # (chunk, 1)
     errors = torch.zeros_like(columns)
+    row, lost, factor = columns.unbind(), errors.unbind(), upper.unbind()  # views: indexing costs as much as the products
     if width is None:
         kept.copy_(choose((columns.square() / diagonal.square()).T.contiguous()).T)
     inner = max(INNER // width, 1) * width if width else INNER
@@ -107,10 +111,9 @@ def _sweep(columns: Tensor, kept: Tensor, upper: Tensor, width: int | None, choo
                 group:stop
             ]  # 1/U_jj where pruned, else 0
             for j in range(group, stop):
-                error = torch.mul(columns[j], scale[j - group], out=errors[j])
-                columns[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+                error = torch.mul(row[j], scale[j - group], out=lost[j])
+                columns[j + 1 : end].addr_(factor[j][j + 1 : end], error, alpha=-1)
         columns[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
-    columns.masked_fill_(~kept, 0.0)
     return errors
 
 
