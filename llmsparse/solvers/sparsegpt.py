@@ -54,9 +54,8 @@ class SparseGPT:
                 columns[start:end], kept[start:end], upper[start:end, start:end], pattern.width, choose
             )
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-        mask = kept.T.contiguous()
-        solved = columns.T.to(weight.dtype).masked_fill(~mask, 0.0)
-        return Solution(solved, mask, notes={"damping": damping})
+        solved = torch.where(kept, columns, 0.0).T.to(weight.dtype)
+        return Solution(solved, kept.T.contiguous(), notes={"damping": damping})
 
 
 def _budgets(
