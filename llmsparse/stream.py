@@ -49,7 +49,9 @@ class HiddenStates:
         if self._folder is not None:
             return torch.stack([torch.load(self._path(index)) for index in indices]).to(self.device)
         assert self._states is not None
-        return self._states[indices.start : indices.stop].data.to(self.device)  # .data: counts its own changes
+        return self._states[indices.start : indices.stop].data.to(
+            self.device
+        )  # .data: counts its own changes
 
     def write(self, indices: range, states: Tensor) -> None:
         """Put (batch, length, width) in the place of these windows."""

@@ -249,6 +249,29 @@ def test_no_weight_of_a_finished_block_stays_in_memory(tmp_path):
         block.run()
 
 
+def test_only_one_pass_stops_before_a_weight_whose_statistics_are_complete(tmp_path, monkeypatch):
+    arrived = []
+    arrive = Settling.arrive
+    monkeypatch.setattr(
+        Settling, "arrive", lambda self, walk, n: (arrived.append(walk.waiting), arrive(self, walk, n))
+    )
+    settle(next(iter(make_stream(save_tiny("llama", tmp_path / "m"), windows_for(3)))))
+    stops = {name.split(".")[-2]: arrived.count(name) for name in dict.fromkeys(arrived)}
+    assert stops == {
+        "q_proj": 3, "k_proj": 1, "v_proj": 1, "o_proj": 3, "gate_proj": 3, "up_proj": 1, "down_proj": 3
+    }  # fmt: skip
+
+
+def test_a_block_that_changes_its_input_in_place_is_refused(tmp_path, monkeypatch):
+    block = next(iter(make_stream(save_tiny("llama", tmp_path / "m"), windows_for(2))))
+    forward = block.module.forward
+    monkeypatch.setattr(
+        block.module, "forward", lambda states, *rest, **named: forward(states.mul_(2), *rest, **named)
+    )
+    with pytest.raises(UserError, match="llama cannot be streamed: its blocks change their input in place"):
+        block.run()
+
+
 @pytest.mark.parametrize("offload", ["cpu", "disk", "none"])
 def test_offload_changes_nothing(offload, tmp_path):
     folder = save_tiny("llama", tmp_path / "m")

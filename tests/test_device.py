@@ -1,0 +1,49 @@
+"""Forward passes run in 16 bits only where the CPU multiplies 16-bit matrices faster than float32 ones."""
+
+import platform
+
+import pytest
+import torch
+
+from llmsparse.device import forward_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    def pretend(machine, amx=False, amx_fp16=False, native=False):
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: amx_fp16, raising=False)
+        for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda: native)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    return pretend
+
+
+def test_avx512_bf16_alone_is_no_reason_to_leave_float32(processor):
+    processor("x86_64", native=True)
+    assert forward_dtype("auto", torch.bfloat16, CPU) == torch.float32
+    assert forward_dtype("auto", torch.float16, CPU) == torch.float32
+
+
+def test_amx_runs_the_dtypes_that_it_has(processor):
+    processor("AMD64", amx=True)
+    assert forward_dtype("auto", torch.bfloat16, CPU) == torch.bfloat16
+    assert forward_dtype("auto", torch.float16, CPU) == torch.float32
+    processor("x86_64", amx=True, amx_fp16=True)
+    assert forward_dtype("auto", torch.float16, CPU) == torch.float16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_arm_runs_what_it_has_instructions_for(processor, native):
+    processor("aarch64", native=native)
+    assert forward_dtype("auto", torch.bfloat16, CPU) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_what_is_asked_for_is_what_runs(processor):
+    processor("x86_64")
+    assert forward_dtype("bfloat16", torch.float32, CPU) == torch.bfloat16
+    assert forward_dtype("auto", torch.float32, CPU) == torch.float32
