@@ -85,10 +85,10 @@ class Job:
         return max(1, (2048 if self.device.type == "cpu" else 32768) // self.recipe.sequence_length)
 
     def pass_bytes(self, batch_size: int) -> int:
-        """About what one pass holds while it waits inside a block."""
+        """About what one pass holds while it waits inside a block: twice its tensors, for the holes in the heap."""
         assert self.recipe.sequence_length
         widths = [w.in_features + w.out_features for w in self.skeleton.weights if w.block is not None]
-        return 2 * batch_size * self.recipe.sequence_length * max(widths) * self.dtype.itemsize
+        return 4 * batch_size * self.recipe.sequence_length * max(widths) * self.dtype.itemsize
 
     def passes_kept(self, batch_size: int) -> int:
         """How many passes may wait with their activations in half of the memory that is free now."""
