@@ -61,7 +61,7 @@ def _has_matrix_unit(dtype: torch.dtype) -> bool:
         return False
     amx, native = _UNITS[dtype]
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return bool(getattr(torch.cpu, amx, bool)())
+        return bool(getattr(torch.cpu, amx, bool)())  # bool() is False: a torch without the question
     return bool(getattr(torch.ops.mkldnn, native)())
 
 

@@ -12,8 +12,7 @@ class Heap:
     """What glibc keeps of one block's freed memory serves the next, but in pieces that often do not fit.
 
     So a run would grow, block by block; and with everything given back after each block, the system would have
-    to clear every page anew, which costs a tenth of a small model's run. Hence: back only once a block has
-    outgrown the first one.
+    to clear every page anew, which takes time. Hence: back only once a block has outgrown the first one.
     """
 
     def __init__(self) -> None:
@@ -22,7 +21,7 @@ class Heap:
         self._first: int | None = None
 
     def block_done(self) -> None:
-        grown = resident_now() - self._before
+        grown = resident_now() - self._before  # 0 where the system does not tell
         if self._first is None:
             self._first = grown
         if grown > (1 + ALLOWANCE) * self._first or not grown:

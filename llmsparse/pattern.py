@@ -43,7 +43,9 @@ def keep_largest(score: Tensor, kept: int) -> Tensor:
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
     """The ``k``-th smallest entry of each row, counted from 1, (rows, 1)."""
     if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(np.partition(score.numpy(), k - 1)[:, k - 1 : k])  # ten times faster there
+        return torch.from_numpy(
+            np.partition(score.detach().numpy(), k - 1)[:, k - 1 : k]
+        )  # ten times faster there
     return score.kthvalue(k, dim=1, keepdim=True).values
 
 

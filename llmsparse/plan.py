@@ -112,6 +112,11 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
     if not skeleton.blocks:
         raise UserError(f"{model} has no decoder blocks")
     patterns = assign(skeleton, rules, recipe)
+    for weight in skeleton.weights:
+        stored = checkpoint.dtype(weight.source)
+        if weight.name in patterns and (not stored.is_floating_point or stored.itemsize < 2):
+            name = str(stored).removeprefix("torch.")
+            raise UserError(f"{weight.source} is stored as {name}; prune the unquantised checkpoint")
     return Job(with_defaults(recipe, config), checkpoint, skeleton, solver, patterns, dtype, device)
 
 

@@ -49,9 +49,8 @@ class HiddenStates:
         if self._folder is not None:
             return torch.stack([torch.load(self._path(index)) for index in indices]).to(self.device)
         assert self._states is not None
-        return self._states[indices.start : indices.stop].data.to(
-            self.device
-        )  # .data: counts its own changes
+        states = self._states[indices.start : indices.stop]
+        return states.data.to(self.device)  # .data counts the changes of this batch alone
 
     def write(self, indices: range, states: Tensor) -> None:
         """Put (batch, length, width) in the place of these windows."""

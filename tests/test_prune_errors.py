@@ -3,9 +3,13 @@
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llmsparse.errors import UserError
+from llmsparse.plan import plan
 from llmsparse.prune import prune
+from llmsparse.work import _verify
 from tests.pruned import SMALL, hashes
 from tests.tiny import save_tiny
 
@@ -79,6 +83,44 @@ def test_incomplete_and_broken_checkpoints_are_refused(tmp_path, text):
     files[0].unlink()
     with pytest.raises(UserError, match="which is missing; download"):
         prune(source, tmp_path / "out", calibration=text, **SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_stored_in_eight_bits_are_refused_by_plan_and_prune(dtype, tmp_path, text):
+    folder = save_tiny("llama", tmp_path / "m")
+    file = folder / "model.safetensors"
+    stored = load_file(file)
+    save_file(
+        {k: v.to(dtype) if "proj" in k else v for k, v in stored.items()}, file, metadata={"format": "pt"}
+    )
+    expected = rf"_proj\.weight is stored as {str(dtype)[6:]}; prune the unquantised checkpoint"
+    with pytest.raises(UserError, match=expected):
+        plan(folder, calibration=text, **SMALL)
+    with pytest.raises(UserError, match=expected):
+        prune(folder, tmp_path / "out", calibration=text, **SMALL)
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_a_cast_can_spoil_is_found(dtype):
+    mask = torch.tensor([[True, False], [True, True]])
+    good = torch.tensor([[1.0, 0.0], [-2.0, -0.0]], dtype=dtype)
+    _verify("w", good, mask)
+    _verify("w", good.T, mask.T)
+    for wrong in (-0.0, 1e-3, float("nan")):
+        with pytest.raises(RuntimeError, match="w: pruned weights are not \\+0.0"):
+            _verify(
+                "w",
+                good.clone().index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(wrong, dtype=dtype)),
+                mask,
+            )
+    for wrong in (float("inf"), -float("inf"), float("nan")):
+        with pytest.raises(UserError, match="w: the solved weights are not finite"):
+            _verify(
+                "w",
+                good.clone().index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(wrong, dtype=dtype)),
+                mask,
+            )
 
 
 def test_full_disk_is_one_clear_error(tmp_path, text, monkeypatch):

@@ -95,11 +95,8 @@ def _sweep(columns: Tensor, kept: Tensor, upper: Tensor, width: int | None, choo
     """
     diagonal = upper.diagonal()[:, None]  # (chunk, 1)
     errors = torch.zeros_like(columns)
-    row, lost, factor = (
-        columns.unbind(),
-        errors.unbind(),
-        upper.unbind(),
-    )  # views: indexing costs as much as the products
+    # views, made once: indexing costs as much as the products
+    row, lost, factor = columns.unbind(), errors.unbind(), upper.unbind()
     if width is None:
         kept.copy_(choose((columns.square() / diagonal.square()).T.contiguous()).T)
     inner = max(INNER // width, 1) * width if width else INNER
