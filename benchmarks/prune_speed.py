@@ -39,7 +39,9 @@ def main() -> None:
             "windows": options.eval_windows,
             "device": options.device,
         }
-        quality = {side: evaluate(out, options.eval_data, **shared) for side, out in outputs.items()}
+        quality = {
+            side: evaluate(out, options.eval_data, **shared)["sources"][0] for side, out in outputs.items()
+        }
     row = {
         "model": options.name or (SMOLLM2_NAME if not options.model else model.name),
         "pattern": f"{options.sparsity:.6g}",
@@ -205,7 +207,7 @@ def _summary(
         "median_ratio_after_imports": statistics.median(inner),
         "perplexity_ratio": quality["ours"]["perplexity"] / quality["plain"]["perplexity"],
         "matmul_peak_gflops": peaks,
-        "evaluation_sha256": quality["ours"]["data_sha256"],
+        "evaluation_sha256": quality["ours"]["sha256"],
         **sides,
     }
 

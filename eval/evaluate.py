@@ -1,27 +1,48 @@
-"""One evaluation: perplexity on a text, and fidelity to the dense model when there is one to compare with."""
+"""One evaluation: perplexity, zero-shot tasks and generation of a model, alone or against its dense parent."""
 
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import forward_dtype, pick_device
-from llmsparse.errors import UserError, first_line
-from llmsparse.eval.fidelity import window_fidelity
-from llmsparse.eval.perplexity import cut_windows, forward_of, mean_and_error, perplexity, window_nll
-from llmsparse.eval.text import load_text
-from llmsparse.report import versions
+from llmsparse.errors import UserError
+from llmsparse.eval import models as load
+from llmsparse.eval.ability import beside, capabilities, lost_most
+from llmsparse.eval.fidelity import DENSE_NLL, NLL, fidelity, window_scores
+from llmsparse.eval.forward import forward_of
+from llmsparse.eval.generation import continuations, prompts_of
+from llmsparse.eval.nonfinite import refuse_nan
+from llmsparse.eval.perplexity import perplexities, perplexity
+from llmsparse.eval.tasksource import find_tasks, load_tasks
+from llmsparse.eval.text import Source, load_sources
+from llmsparse.eval.windows import Windows, bos_rule, cut_windows
+from llmsparse.progress import Quiet
+from llmsparse.report import finite, versions
+
+KIND = "llmsparse eval"  # how a file of results is recognised
 
 
 def evaluate(
     model: str | Path,
-    data: str = "wikitext2",
+    data: str | None = None,
     *,
-    context: int = 2048,
-    windows: int | None = None,
+    tasks: str | None = None,
+    limit: int | None = None,
+    task_data: str | Path | None = None,
     against: str | Path | None = None,
+    context: int = 2048,
+    stride: int | None = None,
+    windows: int | None = None,
+    generate: int = 0,
+    out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 1,
@@ -31,128 +52,144 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Any = None,
 ) -> dict[str, Any]:
-    """Perplexity of ``model`` over the first ``windows`` (all) windows of ``context`` tokens of ``data``.
+    """What ``model`` is worth: on each text of ``data``, on each of ``tasks``, and beside ``against``.
 
-    ``against`` is the dense model: adds ``kl`` (nats per token, dense to sparse), ``kl_standard_error`` and
-    ``top1_agreement``. ``tokens`` counts the scored predictions; a standard error over one window is None.
-    Everything that can be refused is refused before weights are loaded.
+    ``data``: texts separated by commas (default: wikitext2, or none where there are tasks), cut into windows of
+    ``context`` tokens, the first ``windows`` (all) of them, ``stride`` tokens apart (default: no overlap).
+    ``tasks``: zero-shot tasks separated by commas, their first ``limit`` items (all); see ``find_tasks``.
+    ``against``: the dense model, which adds fidelity, flips and the ability kept. ``generate``: how many
+    beginnings of the first text to continue. A forward pass reads ``batch_size`` windows, or as many tokens.
+
+    Returns ``sources`` (a row a text: perplexity per token, word and byte, standard errors; with ``against``
+    kl in nats a token, top-1 and top-5 agreement, ``positions``), ``tasks``, ``capabilities``, ``lost_most``,
+    ``generation``, and what they were measured with; also written to ``out`` as JSON. Everything that can be
+    refused is refused before weights are loaded.
 
     Raises:
         UserError: no checkpoint, no text, text shorter than a window, a context beyond the model's
-            positions, another vocabulary in ``against``.
+            positions, another vocabulary in ``against``, an unknown task, outputs that are NaN.
     """
-    if windows is not None and windows < 1 or batch_size < 1:
-        raise UserError(f"--windows {windows} with batches of {batch_size}: both start at 1")
-    where = pick_device(device)
+    _check_numbers(windows=windows, batch_size=batch_size, limit=limit)
+    if out is not None and not Path(out).expanduser().absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
+    where, progress = pick_device(device), progress or Quiet()
     checkpoints = [Checkpoint.open(model, revision, token, cache_dir)]
     if against is not None:
         checkpoints.append(Checkpoint.open(against, None, token, cache_dir))
-    for checkpoint in checkpoints:
-        _check_context(checkpoint, context, trust_remote_code)
     tokenizer = checkpoints[0].tokenizer(trust_remote_code)
     if against is not None:
-        _check_same_vocabulary(checkpoints[0], checkpoints[1], tokenizer, trust_remote_code)
-    text, digest, label = load_text(data, token=token, cache_dir=cache_dir)
-    ids, rule = cut_windows(text, tokenizer, context, windows)
-    _check_ids(checkpoints[0], ids, trust_remote_code)
+        load.check_same_vocabulary(checkpoints[0], checkpoints[1], tokenizer, trust_remote_code)
+    wanted = find_tasks(tasks, task_data) if tasks is not None else []
+    texts = load_sources(data or (None if wanted and not generate else "wikitext2"), token, cache_dir)
+    for checkpoint in checkpoints if texts else []:
+        load.check_context(checkpoint, context, trust_remote_code)
+    cut = [cut_windows(source.text, tokenizer, context, windows, stride) for source in texts]
+    for each in cut:
+        load.check_ids(checkpoints[0], each.ids, trust_remote_code)
+    harness = load_tasks(wanted) if wanted else None
     used = forward_dtype(dtype, checkpoints[0].stored_dtype, where)
-    models = [_load(checkpoint, used, where, trust_remote_code) for checkpoint in checkpoints]
-    measured = _measure(models, ids.to(where), batch_size, progress)
-    return {
-        "model": str(model),
-        "data": label,
-        **measured,
-        "tokens": ids.shape[0] * (context - 1),
-        "windows": ids.shape[0],
+    names = [str(model)] if against is None else [str(model), str(against)]
+    loaded = [load.load_model(checkpoint, used, where, trust_remote_code) for checkpoint in checkpoints]
+    seconds: dict[str, float] = {}
+    result: dict[str, Any] = {
+        "kind": KIND,
+        **dict(zip(("model", "against"), names, strict=False)),
+        **dict(zip(("model_bytes", "against_bytes"), map(load.weight_bytes, checkpoints), strict=False)),
         "context": context,
-        "bos": rule,
-        "data_sha256": digest,
+        "stride": stride,
+        "bos": bos_rule(tokenizer, context),
         "dtype": str(used).removeprefix("torch."),
         "device": str(where),
         "versions": versions(),
-    } | ({} if against is None else {"against": str(against)})
+        "seconds": seconds,
+    }
+    if texts:
+        with _timed(seconds, "perplexity"):
+            result["sources"] = [
+                _perplexity(loaded, names, source, each, batch_size, progress)
+                for source, each in zip(texts, cut, strict=True)
+            ]
+    if harness is not None:
+        with _timed(seconds, "tasks"):
+            result |= _tasks(loaded, names, tokenizer, harness, wanted, limit, batch_size * context, progress)
+    if generate:
+        with _timed(seconds, "generation"):
+            result["generation"] = continuations(loaded, prompts_of(cut[0].ids, generate), tokenizer)
+    if out is not None:
+        write_result(Path(out).expanduser(), result)
+    return result
 
 
 @torch.inference_mode()
-def _measure(models: list[Any], ids: Tensor, batch_size: int, progress: Any) -> dict[str, Any]:
+def _perplexity(
+    models: list[Any], names: list[str], source: Source, windows: Windows, batch_size: int, progress: Any
+) -> dict[str, Any]:
     """Run the windows through the model, and the dense one beside it, batch by batch."""
+    ids = windows.ids.to(models[0].device)
     sparse, *dense = [forward_of(model, ids[:1]) for model in models]
-    if progress is not None:
-        progress.start("evaluate", len(ids))
-    nll: list[Tensor] = []
-    fidelity: list[tuple[Tensor, Tensor]] = []
-    for batch in ids.split(batch_size):
-        states = sparse.states(batch)
-        nll.append(window_nll(sparse, states, batch))
-        for other in dense:
-            fidelity.append(window_fidelity(other, other.states(batch), sparse, states))
-        if progress is not None:
-            detail = f"perplexity {perplexity(torch.cat(nll))[0]:.2f}"
-            for _ in batch:
-                progress.advance("evaluate", detail)
-    value, error = perplexity(torch.cat(nll))
-    result = {"perplexity": value, "standard_error": error}
-    if fidelity:
-        kl, agreement = (torch.cat(part) for part in zip(*fidelity, strict=True))
-        result["kl"], result["kl_standard_error"] = mean_and_error(kl)
-        result["top1_agreement"] = agreement.mean().item()
-    return result | {"logits": "by chunk" if sparse.chunked else "whole window"}
+    progress.start(source.name, len(ids))
+    found: list[torch.Tensor] = []
+    for batch, first in zip(ids.split(batch_size), windows.first.split(batch_size), strict=True):
+        scores = window_scores(sparse, dense[0] if dense else None, batch, first)
+        for model, name, kind in zip(models, names, (NLL, DENSE_NLL), strict=False):
+            refuse_nan(scores[kind], model, batch, name)
+        found.append(scores)
+        done = torch.cat([part[NLL].sum(1) for part in found])
+        detail = f"perplexity {perplexity(done, windows.scored.sum(1)[: len(done)])[0]:.2f}"
+        for _ in batch:
+            progress.advance(source.name, detail)
+    scores = torch.cat(found, dim=1)
+    return {
+        "name": source.name,
+        "data": source.label,
+        "sha256": source.sha256,
+        **perplexities(scores[NLL], windows),
+        "windows": len(ids),
+        "logits": "by chunk" if sparse.chunked else "whole window",
+        **(fidelity(scores, windows) if dense else {}),
+    }
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+def _tasks(
+    models: list[Any], names: list[str], tokenizer: Any, harness: Any, sources: list[Any],
+    limit: int | None, batch_tokens: int, progress: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The tasks' rows, the dense model's figures in them, and what they say of capabilities."""
+    from llmsparse.eval.harness import SharedPrefixLM
+    from llmsparse.eval.zeroshot import zero_shot
 
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{checkpoint.folder} cannot be loaded as a causal language model: {first_line(error)}"
-        ) from error
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"{checkpoint.folder} lacks {len(missing)} weights, such as {missing[0]}; "
-            f"it is no complete {type(model).__name__}"
-        )
-    return model.eval()
-
-
-def _check_context(checkpoint: Checkpoint, context: int, trust_remote_code: bool) -> None:
-    config = checkpoint.config(trust_remote_code).get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and context > most:
-        raise UserError(
-            f"--context {context} is beyond {checkpoint.folder}'s {most} positions; use --context {most}"
-        )
+    found, shares = [], True
+    for model, name in zip(models, names, strict=True):
+        runner = SharedPrefixLM(model, tokenizer, batch_tokens=batch_tokens, name=name, progress=progress)
+        found.append(zero_shot(runner, harness, sources, limit))
+        shares = shares and runner.shares is not False
+    rows = found[0] if len(found) == 1 else [beside(*pair) for pair in zip(*found, strict=True)]
+    groups = capabilities(rows)
+    return {
+        "tasks": rows,
+        "limit": limit,
+        "shared_prefixes": shares,
+        "capabilities": groups,
+        "lost_most": lost_most(groups),
+    }
 
 
-def _check_ids(checkpoint: Checkpoint, ids: Tensor, trust_remote_code: bool) -> None:
-    size = checkpoint.config(trust_remote_code).get_text_config().vocab_size
-    if ids.max() >= size:
-        raise UserError(
-            f"the text became token id {ids.max()}, but {checkpoint.folder} has a vocabulary of {size}; "
-            "its tokenizer belongs to another model"
-        )
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """Write ``result`` as JSON; ``file`` appears whole or stays as it was."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
+        new.write(json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    os.chmod(new.name, 0o644)
+    os.replace(new.name, file)
 
 
-def _check_same_vocabulary(
-    checkpoint: Checkpoint, against: Checkpoint, tokenizer: Any, trust_remote_code: bool
-) -> None:
-    sizes = [c.config(trust_remote_code).get_text_config().vocab_size for c in (checkpoint, against)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"{checkpoint.folder} has a vocabulary of {sizes[0]} and --against {against.folder} one of "
-            f"{sizes[1]}; compare a model with the one that it was pruned from"
-        )
-    if against.tokenizer(trust_remote_code).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizers of {checkpoint.folder} and --against {against.folder} differ; "
-            "compare a model with the one that it was pruned from"
-        )
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def _check_numbers(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it starts at 1")

@@ -1,126 +1,52 @@
-"""Perplexity over non-overlapping windows, as GPTQ (arXiv:2210.17323), SparseGPT and Wanda compute it."""
+"""Perplexity per token, word and byte, from the losses of scored tokens."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsparse.calibration import window_prefix
-from llmsparse.errors import UserError
-
-CHUNK = 256  # tokens whose logits exist at a time
-PROBE = 8  # tokens on which the split forward pass is compared with the model's own
+from llmsparse.eval.windows import Windows
 
 
-class Forward(NamedTuple):
-    """A model in two steps, so that the logits of a window never exist whole."""
-
-    states: Callable[[Tensor], Tensor]  # ids (batch, context) -> (batch, context, hidden)
-    logits: Callable[[Tensor], Tensor]  # states (tokens, hidden) -> float32 (tokens, vocabulary)
-    chunked: bool  # False: the model cannot be split, and its states are its logits
+def losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood (nats) of ``targets`` (tokens,) under ``logits`` (tokens, vocabulary)."""
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-def forward_of(model: Any, probe: Tensor) -> Forward:
-    """Split ``model`` before its output embedding, if that gives its own logits on ``probe`` (1, tokens).
+def mean_and_error(totals: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """Sum of ``totals`` over sum of ``counts``, one of each a window, and its standard error over windows.
 
-    The output embedding multiplies in the model's dtype, as the model does; the loss is taken in float32.
+    The error is the ratio estimator's; with equal counts it is that of a plain mean. None for one window.
     """
-    whole = Forward(lambda ids: model(input_ids=ids, use_cache=False).logits, Tensor.float, False)
-    head, base = model.get_output_embeddings(), model.base_model
-    if head is None or base is model:
-        return whole
-    split = Forward(
-        lambda ids: base(input_ids=ids, use_cache=False).last_hidden_state,
-        lambda states: _scaled(head(states), model.config.get_text_config()).float(),
-        True,
-    )
-    ids = probe[:, :PROBE]
-    wanted = model(input_ids=ids, use_cache=False).logits.float()
-    try:
-        found = split.logits(split.states(ids))
-    except (RuntimeError, AttributeError, TypeError):
-        return whole
-    bound = 4 * torch.finfo(model.dtype).eps * wanted.abs().max().item()
-    same = found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=bound)
-    return split if same else whole
+    totals, counts = totals.double(), counts.double()
+    mean, n = (totals.sum() / counts.sum()).item(), len(totals)
+    if n < 2:
+        return mean, None
+    squares = (totals - mean * counts).square().sum().item()
+    return mean, math.sqrt(squares * n / (n - 1)) / counts.sum().item()
 
 
-def _scaled(logits: Tensor, config: Any) -> Tensor:
-    """What models do to logits after the output embedding: cohere, falcon_h1, granite; gemma's soft cap."""
-    for factor in ("logit_scale", "lm_head_multiplier"):
-        if getattr(config, factor, None) is not None:
-            logits = logits * getattr(config, factor)
-    if getattr(config, "logits_scaling", None) is not None:
-        logits = logits / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def cut_windows(text: str, tokenizer: Any, context: int, windows: int | None = None) -> tuple[Tensor, str]:
-    """Tokenise ``text`` once, cut it into windows (count, context); returns them and the BOS rule in words.
-
-    A tokenizer that adds BOS itself gets it at the start of every window, before context-1 text tokens.
-
-    Raises:
-        UserError: the text is shorter than one window, or fewer windows than asked for.
-    """
-    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
-    prefix = window_prefix(tokenizer)
-    length = context - len(prefix)
-    if length < 1 or context < 2:
-        raise UserError(f"--context {context} leaves nothing to predict; use at least {len(prefix) + 2}")
-    count = len(ids) // length
-    asked = windows or 1
-    if count < asked:
-        advice = f"use at most --windows {count}" if count else "use a shorter --context or a longer text"
-        raise UserError(
-            f"the text has {len(ids):,} tokens, and {asked * length:,} are needed for {asked} "
-            f"window{'s' * (asked > 1)} of {length} text tokens; {advice}"
-        )
-    count = windows or count
-    body = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
-    start = torch.tensor(prefix, dtype=torch.int64).expand(count, -1)
-    return torch.cat([start, body], dim=1), _rule(tokenizer, prefix, context)
-
-
-def _rule(tokenizer: Any, prefix: list[int], context: int) -> str:
-    if not prefix:
-        return f"the tokenizer adds no BOS: a window is {context} text tokens, all but the first predicted"
-    special = " ".join(tokenizer.convert_ids_to_tokens(prefix))
-    return (
-        f"{special} starts every window, as the tokenizer adds it: then {context - len(prefix)} text tokens"
-    )
-
-
-def chunks(batch: int, context: int) -> Iterator[tuple[int, slice]]:
-    """(window, positions) pieces of at most ``CHUNK`` positions; the last position predicts nothing."""
-    for window in range(batch):
-        for start in range(0, context - 1, CHUNK):
-            yield window, slice(start, min(start + CHUNK, context - 1))
-
-
-def window_nll(forward: Forward, states: Tensor, ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood (nats) of each window's context-1 next tokens: (batch,) float64."""
-    total = torch.zeros(len(ids), dtype=torch.float64)
-    for window, span in chunks(*ids.shape):
-        logits = forward.logits(states[window, span])
-        targets = ids[window, span.start + 1 : span.stop + 1]
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        total[window] += losses.double().sum().cpu()
-    return total / (ids.shape[1] - 1)
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float | None]:
-    """The mean over windows and its standard error, which one window cannot give (None)."""
-    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else None
-    return values.mean().item(), error
-
-
-def perplexity(nll: Tensor) -> tuple[float, float | None]:
-    """exp of the mean of the windows' ``nll``, and its standard error by the delta method."""
-    mean, error = mean_and_error(nll)
+def perplexity(totals: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """exp of the windows' loss per count (token, word or byte), and its standard error by the delta method."""
+    mean, error = mean_and_error(totals, counts)
     value = math.exp(mean) if mean < 700 else math.inf
     return value, None if error is None else value * error
+
+
+def perplexities(nll: Tensor, windows: Windows) -> dict[str, Any]:
+    """Token, word and byte perplexity of ``nll`` (count, context - 1), zero where nothing is scored.
+
+    Word and byte perplexity divide the same loss by the words (split at white space) and UTF-8 bytes of the
+    scored tokens, so that models with different tokenizers can be compared; None where the tokenizer does
+    not say which characters a token stands for.
+    """
+    totals, scored = nll.double().sum(1), windows.scored
+    sizes = {"": scored.long(), "word_": windows.words, "byte_": windows.bytes}
+    found: dict[str, Any] = {}
+    for unit, size in sizes.items():
+        counts = None if size is None else (size * scored).sum(1)
+        value, error = (None, None) if counts is None or not counts.sum() else perplexity(totals, counts)
+        found |= {f"{unit}perplexity": value, f"{unit}standard_error": error}
+        found[f"{(unit or 'token_')[:-1]}s"] = None if counts is None else int(counts.sum())
+    return found

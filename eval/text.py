@@ -1,14 +1,35 @@
-"""The text that a model is evaluated on."""
+"""The texts that a model is evaluated on."""
 
 import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import NamedTuple
 
 from llmsparse.calibration import FORMS, builtin_documents, documents
 from llmsparse.errors import UserError
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+
+
+class Source(NamedTuple):
+    """A text to score."""
+
+    name: str  # as it was asked for
+    text: str
+    sha256: str
+    label: str
+
+
+def load_sources(data: str | None, token: str | None = None, cache_dir: str | None = None) -> list[Source]:
+    """The texts that ``data`` names, separated by commas; none for None. UserError as ``load_text``."""
+    if data is None:
+        return []
+    names = [data] if Path(data).expanduser().exists() else data.split(",")
+    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not names:
+        raise UserError(f"--data {data!r} names no text; give wikitext2, builtin, a file or a hub dataset")
+    return [Source(name, *load_text(name, token, cache_dir)) for name in names]
 
 
 def load_text(data: str, token: str | None = None, cache_dir: str | None = None) -> tuple[str, str, str]:

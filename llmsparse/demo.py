@@ -125,7 +125,8 @@ def _prune(
 def _evaluate(model: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     from llmsparse.eval.evaluate import evaluate
 
-    return evaluate(model, "builtin", **options)
+    found = evaluate(model, "builtin", **options)
+    return found["sources"][0] | {"context": found["context"]}
 
 
 def _row(

@@ -1,0 +1,133 @@
+"""The models whose quality is measured: dense, and pruned by each solver to each pattern."""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+from llmsparse.checkpoint import Checkpoint
+from llmsparse.prune import prune
+
+IDENTITY = (
+    "model",
+    "model_sha256",
+    "solver",
+    "pattern",
+    "calibration_sha256",
+    "samples",
+    "sequence_length",
+    "seed",
+)
+AS_ASKED = ("solver", "samples", "sequence_length", "seed")  # what the report of a kept model must agree in
+
+_hashes: dict[Path, str] = {}
+
+
+def add_options(parser: argparse.ArgumentParser, patterns: list[str]) -> None:
+    """What every measurement of pruned models asks for."""
+    parser.add_argument("models", nargs="+", help="folders, or NAME=FOLDER")
+    parser.add_argument("--solvers", nargs="*", default=["magnitude", "wanda", "sparsegpt"])
+    parser.add_argument("--patterns", nargs="*", default=patterns)
+    parser.add_argument(
+        "--calibration", help="default: text/c4/calib.jsonl below $LLMSPARSE_DATA, else builtin"
+    )
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep", help="a folder where pruned models stay, and are looked for")
+
+
+def named(argument: str) -> tuple[str, Path]:
+    """NAME=FOLDER, or a folder that is its own name."""
+    name, equals, folder = argument.rpartition("=")
+    return (name, Path(folder)) if equals else (Path(folder).name, Path(folder))
+
+
+def methods(options: Any) -> list[tuple[str, str]]:
+    """(solver, pattern) in the order of the README: dense, then pattern by pattern."""
+    return [("dense", ""), *((solver, pattern) for pattern in options.patterns for solver in options.solvers)]
+
+
+def identity(name: str, folder: Path, solver: str, pattern: str, source: str, options: Any) -> dict[str, Any]:
+    """What tells one pruned model from another."""
+    return {
+        "model": name,
+        "model_sha256": _model_hash(folder),
+        "solver": solver,
+        "pattern": pattern,
+        "calibration": rows.public(source),
+        "calibration_sha256": rows.sha256(Path(source)) if Path(source).is_file() else source,
+        "samples": options.samples,
+        "sequence_length": options.sequence_length,
+        "seed": options.seed,
+    }
+
+
+def _model_hash(folder: Path) -> str:
+    """sha256 of the model's only weight file; of several, of their names and sha256 together."""
+    if folder not in _hashes:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        each = [(file.name, rows.sha256(file)) for file in files]
+        _hashes[folder] = each[0][1] if len(each) == 1 else rows.sha256_of_text(repr(each))
+    return _hashes[folder]
+
+
+@contextlib.contextmanager
+def pruned(
+    folder: Path, source: str, wanted: dict[str, Any], options: Any
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The model that ``wanted`` identifies and facts of its pruning, made now or found below ``--keep``."""
+    if wanted["solver"] == "dense":
+        yield folder, {}
+        return
+    with contextlib.ExitStack() as stack:
+        place = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="llmsparse-bench-"))
+        pattern = wanted["pattern"].replace("%", "pc").replace(":", "of")
+        out = Path(place, f"{folder.name}-{wanted['solver']}-{pattern}")
+        report = _kept(folder, out, wanted)
+        if report is None:
+            say(wanted, "pruning")
+            report = prune(
+                folder, out, solver=wanted["solver"], pattern=(wanted["pattern"],), calibration=source,
+                samples=options.samples, sequence_length=options.sequence_length, seed=options.seed,
+                device=options.device,
+            )  # fmt: skip
+        yield (
+            out,
+            {
+                "prune_seconds": round(sum(report["seconds"].values()), 1),
+                "coverage": report["coverage"],
+                "tokens_sha256": (report["calibration"] or {}).get("tokens_sha256"),
+                "prune_dtype": report["options"]["dtype"],
+                "warnings": report["warnings"],
+            },
+        )
+
+
+def _kept(folder: Path, out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of the model that lies in ``out``, if it is the one wanted."""
+    if not (out / "report.json").exists():
+        return None
+    report = json.loads((out / "report.json").read_text())
+    options = report["options"]
+    same = all(options[key] == wanted[key] for key in AS_ASKED) and options["pattern"] == [wanted["pattern"]]
+    calibrated = report["calibration"] is None or rows.public(options["calibration"]) == wanted["calibration"]
+    if same and calibrated and report["source_files"] == Checkpoint.open(folder).sha256():
+        return report
+    raise SystemExit(
+        f"error: {out} is another model than the one asked for; name another --keep, or remove it"
+    )
+
+
+def say(row: dict[str, Any], doing: str) -> None:
+    print(
+        f"{time.strftime('%H:%M:%S')} {row['model']} {row['solver']} {row['pattern']}: {doing}",
+        file=sys.stderr,
+    )

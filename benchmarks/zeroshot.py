@@ -1,0 +1,94 @@
+"""The zero-shot figures of the README: local tasks, each solver at each pattern, beside the dense model.
+
+    python -m benchmarks.zeroshot "NAME=FOLDER" ... [--limit 500] [--tasks ...] [--keep FOLDER]
+
+Models are pruned as ``benchmarks.quality`` prunes them. A row a task is written as soon as it is known; one that
+is there already is not measured again.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import models, rows
+from llmsparse.eval.ability import beside, capabilities, lost_most
+from llmsparse.eval.evaluate import evaluate
+from llmsparse.eval.show import percent
+
+KEY = (*models.IDENTITY, "limit", "task")
+TASKS = ["arc_easy", "hellaswag", "lambada_openai", "winogrande", "copa"]
+FACTS = ("dtype", "device", "shared_prefixes")
+
+
+def main() -> None:
+    options = _parse()
+    file = Path(options.results)
+    source = options.calibration or rows.calibration_text()
+    for name, folder in map(models.named, options.models):
+        for solver, pattern in models.methods(options):
+            wanted = models.identity(name, folder, solver, pattern, source, options)
+            wanted |= {"limit": options.limit}
+            missing = [t for t in options.tasks if find(rows.read(file), {**wanted, "task": t}) is None]
+            if missing:
+                for row in _measure(folder, source, wanted, missing, options):
+                    rows.append(file, row)
+        print(f"\n{name}\n\n{table(rows.read(file), name, folder, source, options)}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models.add_options(parser, patterns=["50%", "2:4"])
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--limit", type=int, help="first items of each task (default: all)")
+    parser.add_argument("--results", default=rows.RESULTS / "zeroshot.json")
+    return parser.parse_args()
+
+
+def find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The latest row that ``wanted`` identifies."""
+    return next((r for r in reversed(measured) if all(r.get(k) == wanted[k] for k in KEY)), None)
+
+
+def _measure(
+    folder: Path, source: str, wanted: dict[str, Any], tasks: list[str], options: Any
+) -> Iterator[dict[str, Any]]:
+    with models.pruned(folder, source, wanted, options) as (model, facts):
+        models.say(wanted, f"scoring {', '.join(tasks)}")
+        found = evaluate(model, tasks=",".join(tasks), limit=options.limit, device=options.device)
+    facts |= {key: found[key] for key in FACTS} | {"seconds_all_tasks": found["seconds"]["tasks"]}
+    for row in found["tasks"]:
+        yield {**wanted, **row, **facts, **rows.provenance(source)}
+
+
+def table(measured: list[dict[str, Any]], name: str, folder: Path, source: str, options: Any) -> str:
+    """The model's rows as the README's markdown: score ± standard error, and the share of the ability kept."""
+    lines = [
+        f"| solver | pattern | {' | '.join(options.tasks)} | lost most |",
+        "|---" * (3 + len(options.tasks)) + "|",
+    ]
+    dense: list[dict[str, Any] | None] = []
+    for solver, pattern in models.methods(options):
+        wanted = models.identity(name, folder, solver, pattern, source, options) | {"limit": options.limit}
+        found = [find(measured, {**wanted, "task": task}) for task in options.tasks]
+        dense = dense or found
+        pairs = [
+            beside(row, other) if row and other else None for row, other in zip(found, dense, strict=True)
+        ]
+        most = lost_most(capabilities([row for row in pairs if row])) if solver != "dense" else None
+        cells = [_cell(row, solver) for row in pairs]
+        lines.append(f"| {solver} | {pattern} | {' | '.join(cells)} | {most or ''} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None, solver: str) -> str:
+    if row is None:
+        return "not yet measured"
+    score = percent(row["value"], row["standard_error"]).removesuffix(" %")
+    return score if solver == "dense" else f"{score}; {row['ability']}"
+
+
+if __name__ == "__main__":
+    main()
