@@ -39,9 +39,8 @@ def main() -> None:
             "windows": options.eval_windows,
             "device": options.device,
         }
-        quality = {
-            side: evaluate(out, options.eval_data, **shared)["sources"][0] for side, out in outputs.items()
-        }
+        found = {side: evaluate(out, options.eval_data, **shared) for side, out in outputs.items()}
+        quality = {side: figures | figures["sources"][0] for side, figures in found.items()}
     row = {
         "model": options.name or (SMOLLM2_NAME if not options.model else model.name),
         "pattern": f"{options.sparsity:.6g}",

@@ -20,8 +20,8 @@ class SharedPrefixLM(HFLM):
 
     Several continuations lie in one row behind their prefix; an attention mask and explicit positions keep
     them apart. The first such row is also computed path by path: a model for which that gives anything else
-    (a recurrent one, ALiBi) is run path by path throughout, and ``shares`` is False. Paths longer than a
-    sliding window are always run on their own. ``batch_tokens`` bounds the tokens of a forward pass.
+    (a recurrent one, ALiBi) is run path by path, and ``shares`` is False; so are paths longer than a sliding
+    window. ``batch_tokens`` bounds the tokens of a forward pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int, name: str, progress: Any = None):
@@ -45,7 +45,7 @@ class SharedPrefixLM(HFLM):
             self.progress.start("zero-shot", len(requests))
         answers: dict[int, Answer] = {}
         for rows in self._batches(paths):
-            for path, answer in self._answers(collate(rows), masked=len(rows[0].paths) > 1):
+            for path, answer in self._answers(collate(rows), masked=rows[0].branches > 1):
                 answers[path.number] = answer
                 if requests[path.number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[path.number][0], answer)
@@ -64,16 +64,19 @@ class SharedPrefixLM(HFLM):
         return Path(number, tokens[:-1], continuation)
 
     def _batches(self, paths: list[Path]) -> list[list[Row]]:
-        """Rows with several paths, which need a mask, apart from those without."""
-        short = [path for path in paths if len(path.inputs) <= self._window()]
-        rows = share(short, self.batch_tokens) if self.shares is not False else _alone(short)
-        shared = [row for row in rows if len(row.paths) > 1]
-        if shared and self.shares is None:
-            self.shares = self._keeps_apart(shared[0])
-            return self._batches(paths)
-        rows = [row for row in rows if len(row.paths) == 1]
-        rows += _alone([path for path in paths if len(path.inputs) > self._window()])
-        return [*batches(shared, self.batch_tokens), *batches(rows, self.batch_tokens)]
+        """Rows whose branches a mask keeps apart, and rows that are plain sequences."""
+        plain, masked = [], []
+        for row in share(paths, self.batch_tokens):
+            fits = max(len(path.inputs) for path in row.paths) <= self._window()
+            if row.branches > 1 and fits and self.shares is None:
+                self.shares = self._keeps_apart(row)
+            if row.branches <= 1:
+                plain.append(row)
+            elif fits and self.shares:
+                masked.append(row)
+            else:
+                plain += _alone(row.paths)
+        return [*batches(masked, self.batch_tokens), *batches(plain, self.batch_tokens)]
 
     def _window(self) -> int:
         """The longest path on which every layer sees every earlier token."""

@@ -23,6 +23,11 @@ class Row(NamedTuple):
     prefix: int  # tokens
     paths: list[Path]
 
+    @property
+    def branches(self) -> int:
+        """Paths that go on behind the prefix; with more than one they must be kept apart."""
+        return sum(len(path.inputs) > self.prefix for path in self.paths)
+
     def __len__(self) -> int:
         return self.prefix + sum(len(path.inputs) - self.prefix for path in self.paths)
 

@@ -1,6 +1,7 @@
 """One evaluation end to end, on tiny checkpoints saved by transformers, and what it refuses."""
 
 import hashlib
+import json
 import math
 import random
 from pathlib import Path
@@ -64,7 +65,8 @@ class Steps:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_evaluate_reports_the_plain_loop_s_perplexity(model, text, batch_size):
     steps = Steps()
-    found = evaluate(model, text, context=16, device="cpu", batch_size=batch_size, progress=steps)
+    whole = evaluate(model, text, context=16, device="cpu", batch_size=batch_size, progress=steps)
+    (found,) = whole["sources"]
     ids = torch.tensor(word_tokenizer()(TEXT)["input_ids"][:96]).view(6, 16)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits[:, :-1]
@@ -73,30 +75,93 @@ def test_evaluate_reports_the_plain_loop_s_perplexity(model, text, batch_size):
     assert found["standard_error"] == pytest.approx(
         math.exp(losses.mean()) * losses.mean(1).std().item() / math.sqrt(6), rel=1e-4
     )
-    assert (found["windows"], found["tokens"], found["context"]) == (6, 90, 16)
-    assert found["data_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
-    assert found["dtype"] == "float32" and found["device"] == "cpu" and "torch" in found["versions"]
-    assert "kl" not in found
-    assert steps.started == [("evaluate", 6)] and len(steps.details) == 6
+    assert (found["windows"], found["tokens"], whole["context"]) == (6, 90, 16)
+    assert found["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert whole["dtype"] == "float32" and whole["device"] == "cpu" and "torch" in whole["versions"]
+    assert whole["model_bytes"] == (model / "model.safetensors").stat().st_size
+    assert "kl" not in found and "tasks" not in whole
+    assert steps.started == [(text, 6)] and len(steps.details) == 6
     assert steps.details[-1] == f"perplexity {found['perplexity']:.2f}"
 
 
 def test_a_tokenizer_that_adds_bos_has_every_window_start_with_it(tmp_path, text):
     found = evaluate(checkpoint(tmp_path / "bos", bos=True), text, context=11, device="cpu")
-    assert found["windows"] == 10 and found["tokens"] == 100
+    assert found["sources"][0]["windows"] == 10 and found["sources"][0]["tokens"] == 100
     assert found["bos"].startswith("<s> starts every window")
 
 
-def test_against_gives_kl_and_agreement(model, tmp_path, text):
+def test_against_gives_fidelity_and_the_dense_figures(model, tmp_path, text):
     other = checkpoint(tmp_path / "other", seed=1)
-    found = evaluate(other, text, context=16, windows=3, against=model, device="cpu")
-    assert found["kl"] > 0.1 and found["kl_standard_error"] > 0 and found["top1_agreement"] < 0.5
-    itself = evaluate(model, text, context=16, windows=3, against=model, device="cpu")
-    assert itself["kl"] == 0 and itself["top1_agreement"] == 1.0
+    whole = evaluate(other, text, context=16, windows=3, against=model, device="cpu")
+    (found,) = whole["sources"]
+    assert found["kl"] > 0.1 and found["kl_standard_error"] > 0
+    assert found["top1_agreement"] < found["top5_agreement"] < 0.5
+    (dense,) = evaluate(model, text, context=16, windows=3, device="cpu")["sources"]
+    assert found["dense_perplexity"] == pytest.approx(dense["perplexity"])
+    assert whole["against"] == str(model) and whole["against_bytes"] == whole["model_bytes"]
+    (itself,) = evaluate(model, text, context=16, windows=3, against=model, device="cpu")["sources"]
+    assert itself["kl"] == 0 and itself["top1_agreement"] == itself["top5_agreement"] == 1.0
+    assert [(line["from"], line["to"], line["kl"]) for line in itself["positions"]] == [(1, 15, 0)]
 
 
 def test_one_window_has_no_standard_error(model, text):
-    assert evaluate(model, text, context=16, windows=1, device="cpu")["standard_error"] is None
+    (found,) = evaluate(model, text, context=16, windows=1, device="cpu")["sources"]
+    assert found["standard_error"] is None and found["word_standard_error"] is None
+
+
+def test_several_texts_are_rows_of_one_run(model, text, tmp_path):
+    rows = [{"text": "w1 w2 w3 w4 w5 w6"}, {"text": "w7 w8 w9 w10 w11 w12"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = f"{text},{tmp_path / 'rows.jsonl'}"
+    found = evaluate(model, both, context=8, device="cpu")["sources"]
+    alone = [evaluate(model, name, context=8, device="cpu")["sources"][0] for name in both.split(",")]
+    assert found == alone and [row["windows"] for row in found] == [12, 1]
+    assert [row["words"] for row in found] == [84, 7]
+
+
+def test_with_a_stride_every_token_is_scored_with_more_before_it(model, text):
+    (found,) = evaluate(model, text, context=16, stride=4, device="cpu")["sources"]
+    ids = torch.tensor(word_tokenizer()(TEXT)["input_ids"])
+    loaded, total = AutoModelForCausalLM.from_pretrained(model), 0.0
+    for end in range(16, 101, 4):
+        first = 1 if end == 16 else 12
+        with torch.no_grad():
+            logits = loaded(ids[None, end - 16 : end]).logits[0, first - 1 : -1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[end - 16 + first : end], reduction="sum")
+        total += losses.item()
+    assert found["tokens"] == 99
+    assert found["perplexity"] == pytest.approx(math.exp(total / 99), rel=1e-5)
+
+
+def test_results_are_written_whole_beside_nothing_else(model, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    found = evaluate(model, text, context=16, windows=1, device="cpu", out=tmp_path / "out" / "eval.json")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["eval.json"]
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == found
+
+
+def test_no_folder_to_write_to_is_said_before_anything_is_measured(model, text, tmp_path):
+    with pytest.raises(UserError, match="there is no folder .*absent; make it first"):
+        evaluate(model, text, context=16, out=tmp_path / "absent" / "eval.json")
+
+
+def test_nan_outputs_name_the_first_layer_and_write_nothing(model, text, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match="outputs of .* are NaN: the weights model.layers.1.mlp.up_proj.weight"
+    ):
+        evaluate(model, text, context=16, out=tmp_path / "eval.json")
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_generation_continues_beginnings_of_the_first_text(model, text, tmp_path):
+    other = checkpoint(tmp_path / "other", seed=1)
+    found = evaluate(other, text, context=16, generate=3, against=model, device="cpu")["generation"]
+    assert [sample["prompt"] for sample in found["samples"]][0] == " ".join(TEXT.split()[:15])
+    assert len(found["samples"]) == 3 and 0 <= found["repetition"] <= 1 and "dense_terminated" in found
+    assert all(sample["continuation"] != sample["dense_continuation"] for sample in found["samples"])
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, text):
@@ -124,8 +189,9 @@ def test_an_incomplete_checkpoint_is_refused_and_not_filled_with_noise(model, te
     [
         ({"context": 64}, "--context 64 is beyond .*model's 32 positions; use --context 32"),
         ({"context": 32, "windows": 4}, "the text has 100 tokens, and 128 are needed for 4 windows"),
-        ({"context": 16, "windows": 0}, "both start at 1"),
-        ({"context": 16, "batch_size": 0}, "both start at 1"),
+        ({"context": 16, "windows": 0}, "--windows 0: it starts at 1"),
+        ({"context": 16, "batch_size": 0}, "--batch-size 0: it starts at 1"),
+        ({"context": 16, "limit": 0}, "--limit 0: it starts at 1"),
         ({"context": 16, "dtype": "int3"}, "--dtype int3 is unknown"),
         ({"context": 16, "device": "toaster"}, "--device toaster"),
     ],
@@ -133,6 +199,14 @@ def test_an_incomplete_checkpoint_is_refused_and_not_filled_with_noise(model, te
 def test_what_cannot_be_measured_is_refused(model, text, options, message):
     with pytest.raises(UserError, match=message):
         evaluate(model, text, **options)
+
+
+def test_no_text_is_refused(model, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError, match="empty.txt holds no text to evaluate on"):
+        evaluate(model, str(tmp_path / "empty.txt"), context=16)
+    with pytest.raises(UserError, match="--data ', ' names no text"):
+        evaluate(model, ", ", context=16)
 
 
 def test_a_text_shorter_than_a_window_is_refused(model, tmp_path):

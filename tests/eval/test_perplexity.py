@@ -1,4 +1,4 @@
-"""Perplexity and fidelity against plain loops over the model's own whole logits."""
+"""Losses and perplexity against plain loops over the model's own whole logits."""
 
 import math
 
@@ -15,11 +15,11 @@ from transformers import (
     OPTConfig,
 )
 
-from llmsparse.errors import UserError
-from llmsparse.eval import perplexity as module
-from llmsparse.eval.fidelity import divergence, window_fidelity
-from llmsparse.eval.perplexity import cut_windows, forward_of, mean_and_error, perplexity, window_nll
-from tests.tokenizers_tiny import BOS, word_tokenizer
+from llmsparse.eval import forward as module
+from llmsparse.eval.fidelity import NLL, window_scores
+from llmsparse.eval.forward import forward_of
+from llmsparse.eval.perplexity import mean_and_error, perplexities, perplexity
+from llmsparse.eval.windows import Windows
 
 VOCAB = 67
 SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -68,16 +68,26 @@ def plain_nll(model, window: torch.Tensor) -> float:
     return total / (len(window) - 1)
 
 
+def losses_of(model, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
+    return window_scores(forward_of(model, ids[:1]), None, ids, torch.full((len(ids),), first))[NLL]
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_chunked_losses_equal_a_plain_loop_over_whole_logits(family, ids):
     model = tiny(family)
-    forward = forward_of(model, ids[:1])
-    assert forward.chunked
-    found = window_nll(forward, forward.states(ids), ids)
+    assert forward_of(model, ids[:1]).chunked
+    found = losses_of(model, ids).double().mean(1)
     expected = torch.tensor([plain_nll(model, window) for window in ids], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-    value, _ = perplexity(found)
+    value, _ = perplexity(16 * found, torch.full((4,), 16))
     assert value == pytest.approx(math.exp(expected.mean()), rel=1e-4)
+
+
+def test_what_comes_before_the_first_scored_prediction_is_zero_and_the_rest_unchanged(ids):
+    model = tiny()
+    whole, part = losses_of(model, ids), losses_of(model, ids, first=9)
+    assert part[:, :9].abs().max() == 0
+    torch.testing.assert_close(part[:, 9:], whole[:, 9:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -102,10 +112,9 @@ def test_a_model_that_does_something_else_to_its_logits_is_not_split(ids):
     model.forward = doubled
     forward = forward_of(model, ids[:1])
     assert not forward.chunked
-    found = window_nll(forward, forward.states(ids), ids)
     logits = 2 * original(ids).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    torch.testing.assert_close(found, losses.mean(1).double())
+    torch.testing.assert_close(losses_of(model, ids), losses)
 
 
 def test_no_more_than_a_chunk_of_logits_exists_at_a_time(ids):
@@ -114,7 +123,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time(ids):
     model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
     forward = forward_of(model, ids[:1])
     seen.clear()
-    window_nll(forward, forward.states(ids), ids)
+    window_scores(forward, None, ids, torch.zeros(4, dtype=torch.int64))
     assert max(seen) == 5 and sum(seen) == 4 * 16
 
 
@@ -122,58 +131,32 @@ def test_the_standard_error_is_the_delta_method_s():
     nll = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     mean = 7 / 3
     deviation = math.sqrt(sum((x - mean) ** 2 for x in (1.0, 2.0, 4.0)) / 2)
-    value, error = perplexity(nll)
+    value, error = perplexity(10 * nll, torch.full((3,), 10))
     assert value == pytest.approx(math.exp(mean))
     assert error == pytest.approx(math.exp(mean) * deviation / math.sqrt(3))
-    assert mean_and_error(nll[:1]) == (1.0, None)
+    assert mean_and_error(nll[:1], torch.ones(1)) == (1.0, None)
 
 
-def test_kl_and_agreement_equal_a_plain_loop(ids):
-    dense, sparse = tiny(seed=0), tiny(seed=1)
-    one, two = forward_of(dense, ids[:1]), forward_of(sparse, ids[:1])
-    kl, agreement = window_fidelity(one, one.states(ids), two, two.states(ids))
-    for window in range(len(ids)):
-        total, same = 0.0, 0
-        for place in range(ids.shape[1] - 1):
-            p = dense(ids[window][None]).logits[0, place].double().softmax(-1)
-            q = sparse(ids[window][None]).logits[0, place].double().softmax(-1)
-            total += sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
-            same += int(p.argmax() == q.argmax())
-        assert kl[window].item() == pytest.approx(total / 16, rel=1e-4)
-        assert agreement[window].item() == pytest.approx(same / 16)
+def test_with_unequal_counts_the_error_is_near_the_bootstrap_s():
+    random = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 30, (200,), generator=random)
+    totals = counts * (2 + torch.rand(200, generator=random, dtype=torch.float64))
+    mean, error = mean_and_error(totals, counts)
+    drawn = torch.randint(200, (4000, 200), generator=random)
+    means = totals[drawn].sum(1) / counts[drawn].sum(1)
+    assert mean == pytest.approx((totals.sum() / counts.sum()).item())
+    assert error == pytest.approx(means.std().item(), rel=0.1)
 
 
-def test_a_model_agrees_with_itself(ids):
-    logits = tiny()(ids).logits[0]
-    kl, same = divergence(logits, logits)
-    assert kl.abs().max() == 0 and same.all()
-
-
-def test_bos_starts_every_window_iff_the_tokenizer_adds_it():
-    text = " ".join(f"w{i}" for i in range(23))
-    with_bos, rule = cut_windows(text, word_tokenizer(bos=True), 5)
-    assert with_bos.shape == (5, 5) and with_bos[:, 0].tolist() == [BOS] * 5
-    assert rule == "<s> starts every window, as the tokenizer adds it: then 4 text tokens"
-    plain, rule = cut_windows(text, word_tokenizer(), 5)
-    assert rule == "the tokenizer adds no BOS: a window is 5 text tokens, all but the first predicted"
-    expected = word_tokenizer()(text)["input_ids"]
-    assert plain.flatten().tolist() == expected[:20] and with_bos[:, 1:].flatten().tolist() == expected[:20]
-
-
-def test_the_first_windows_are_taken():
-    text = " ".join(f"w{i}" for i in range(23))
-    every, _ = cut_windows(text, word_tokenizer(), 5)
-    assert cut_windows(text, word_tokenizer(), 5, windows=2)[0].equal(every[:2])
-
-
-@pytest.mark.parametrize(
-    ("context", "windows", "message"),
-    [
-        (64, None, "the text has 23 tokens, and 64 are needed for 1 window of 64 text tokens; use a shorter"),
-        (8, 3, "has 23 tokens, and 24 are needed for 3 windows of 8 text tokens; use at most --windows 2"),
-        (1, None, "--context 1 leaves nothing to predict; use at least 2"),
-    ],
-)
-def test_a_text_that_is_too_short_says_found_and_needed(context, windows, message):
-    with pytest.raises(UserError, match=message):
-        cut_windows(" ".join(f"w{i}" for i in range(23)), word_tokenizer(), context, windows)
+def test_word_and_byte_perplexity_divide_the_same_loss_by_words_and_bytes():
+    nll = torch.tensor([[0.0, 2.0, 3.0], [1.0, 2.0, 4.0]])
+    sizes = torch.tensor([[9, 4, 2], [3, 3, 3]])
+    windows = Windows(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([1, 0]), sizes, sizes // 3)
+    found = perplexities(nll, windows)
+    assert (found["tokens"], found["bytes"], found["words"]) == (5, 15, 4)
+    assert found["perplexity"] == pytest.approx(math.exp(12 / 5))
+    assert found["byte_perplexity"] == pytest.approx(math.exp(12 / 15))
+    assert found["word_perplexity"] == pytest.approx(math.exp(12 / 4))
+    assert found["byte_standard_error"] > 0
+    unknown = perplexities(nll, windows._replace(bytes=None, words=None))
+    assert unknown["byte_perplexity"] is None and unknown["words"] is None
