@@ -58,7 +58,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--harness-batch-size", type=int, default=16, help="requests a forward pass of HFLM")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens a forward pass of ours")
+    parser.add_argument("--batch-tokens", type=int, default=512, help="tokens a forward pass of ours")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--results", default=rows.RESULTS / "shared_prefix.json")
