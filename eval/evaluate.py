@@ -59,7 +59,8 @@ def evaluate(
     ``context`` tokens, the first ``windows`` (all) of them, ``stride`` tokens apart (default: no overlap).
     ``tasks``: zero-shot tasks separated by commas, their first ``limit`` items (all); see ``find_tasks``.
     ``against``: the dense model, which adds fidelity, flips and the ability kept. ``generate``: how many
-    beginnings of the first text to continue. A forward pass reads ``batch_size`` windows, or task items of 512 tokens times it.
+    beginnings of the first text to continue. A forward pass reads ``batch_size`` windows, or 512 times as many
+    tokens of task items.
 
     Returns ``sources`` (a row a text: perplexity per token, word and byte, standard errors; with ``against``
     kl in nats a token, top-1 and top-5 agreement, ``positions``), ``tasks``, ``capabilities``, ``lost_most``,
@@ -153,7 +154,7 @@ def _perplexity(
 
 def _tasks(
     models: list[Any], names: list[str], tokenizer: Any, harness: Any, sources: list[Any],
-    limit: int | None, batch_tokens: int, progress: Any,
+    limit: int | None, batch_size: int, progress: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The tasks' rows, the dense model's figures in them, and what they say of capabilities."""
     from llmsparse.eval.harness import SharedPrefixLM

@@ -58,7 +58,7 @@ def demo(
     return {
         "model": name,
         "data": before["data"],
-        "data_sha256": before["data_sha256"],
+        "data_sha256": before["sha256"],
         "calibration": f"builtin, {samples} x {sequence_length} tokens",
         "context": before["context"],
         "windows": before["windows"],

@@ -38,9 +38,34 @@ PLAN = {
     "peak_host_bytes": 3 << 30, "peak_device_bytes": 0, "seconds_estimate": 8000.0,
     "solver": "wanda", "calibration": "builtin, 64 x 512",
 }
+SOURCE = {
+    "name": "wikitext2", "data": "WikiText-2", "sha256": "ab" * 32, "perplexity": 12.345678, "standard_error": 0.25,
+    "word_perplexity": 45.6, "word_standard_error": None, "byte_perplexity": None, "byte_standard_error": None,
+    "tokens": 1022, "windows": 2,
+}
+BESIDE = {
+    "dense_perplexity": 10.0, "dense_standard_error": 0.2, "kl": 0.5, "kl_standard_error": 0.01,
+    "top1_agreement": 0.75, "top5_agreement": 0.9,
+}
+PLACE = {"from": 1, "to": 31, "tokens": 62, "perplexity": 99.0, **BESIDE}
+TASK = {
+    "task": "arc_easy", "metric": "acc_norm", "value": 0.5, "standard_error": 0.02, "chance": 0.25, "items": 500,
+    "of": 2376, "data": "arc_easy.jsonl", "sha256": "cd" * 32,
+}
+PAIRED = {
+    "dense_value": 0.6, "dense_standard_error": 0.02, "lost": 70, "gained": 20, "ability": "71% (60% to 83%)",
+}
+CAPABILITIES = [
+    {"capability": "knowledge", "tasks": ["arc_easy"], "ability_kept": 0.714, "status": "measured"},
+    {"capability": "code", "tasks": [], "ability_kept": None, "status": "not measured"},
+]
+GENERATION = {
+    "new_tokens": 64, "repetition": 0.5, "terminated": 0.25, "dense_repetition": 0.1, "dense_terminated": 1.0,
+    "samples": [{"prompt": "Once\nupon", "continuation": "a a a", "dense_continuation": "a time"}],
+}
 FIGURES = {
-    "model": "pruned", "data": "wikitext2", "perplexity": 12.345678, "standard_error": 0.25, "tokens": 1022,
-    "windows": 2, "context": 512, "bos": "none", "data_sha256": "ab" * 32,
+    "model": "pruned", "context": 512, "stride": None, "bos": "none", "dtype": "float32", "device": "cpu",
+    "sources": [SOURCE],
 }
 TOTALS = {
     "weight_sparsity": 0.5, "weight_parameters": 32, "sparsity": 0.25, "parameters": 64, "negative_zeros": 3,
@@ -261,21 +286,54 @@ def test_eval_shows_the_figure_with_its_error_and_what_it_was_measured_on(stub: 
     stub.answer = FIGURES
     shown = invoke("eval", "m").stdout
     for expected in (
-        "perplexity 12.3457 ± 0.25",
-        "1022 tokens scored in 2 windows of 512; BOS: none",
+        "12.35 ± 0.25",
+        "45.60",
+        "1,022 tokens scored in 2 windows",
+        "context 512, not overlapping; BOS: none; ± is the standard error over windows",
+        "dtype float32, device cpu",
         "ab" * 32,
     ):
         assert expected in shown
-    assert "top-1" not in shown
+    assert "top-1" not in shown and "Zero-shot" not in shown
+
+
+@pytest.mark.parametrize("stub", ["eval"], indirect=True)
+def test_eval_shows_fidelity_tasks_capabilities_and_texts_beside_the_dense_model(stub: Stub) -> None:
     stub.answer = {
         **FIGURES,
-        "standard_error": None,
-        "kl": 0.5,
-        "kl_standard_error": 0.01,
-        "top1_agreement": 0.75,
+        "against": "dense",
+        "stride": 128,
+        "sources": [{**SOURCE, **BESIDE, "positions": [PLACE]}],
+        "tasks": [{**TASK, **PAIRED}],
+        "capabilities": CAPABILITIES,
+        "lost_most": "knowledge",
+        "generation": GENERATION,
     }
-    shown = invoke("eval", "m", "--against", "dense").stdout
-    assert "KL 0.50000 ± 0.01" in shown and "top-1 agreement 75.00%" in shown and "± ?" in shown
+    shown = invoke("eval", "m", "--against", "dense", "--tasks", "arc_easy").stdout
+    for expected in (
+        "0.5000 ± 0.0100",
+        "75.0 %",
+        "90.0 %",
+        "1 to 31",
+        "one every 128 tokens",
+        "50.0 ± 2.0 %",
+        "60.0 ± 2.0 %",
+        "500 of 2376",
+        "70 / 20",
+        "71% (60% to 83%)",
+        "71% kept",
+        "no task covers it",
+        "lost most: knowledge",
+        "Once upon",
+        "a time",
+        "repeated 4-grams 50.0 %, ended 25.0 %; dense: 10.0 %, 100.0 %",
+        "cd" * 32,
+    ):
+        assert expected in shown
+    alone = {**FIGURES, "sources": [], "tasks": [TASK], "capabilities": CAPABILITIES, "lost_most": None}
+    stub.answer = alone
+    shown = invoke("eval", "m", "--tasks", "arc_easy").stdout
+    assert "50.0 ± 2.0 %" in shown and "lost" not in shown and "Perplexity" not in shown
 
 
 @pytest.mark.parametrize("stub", ["inspect"], indirect=True)
@@ -321,7 +379,8 @@ def test_a_checkpoint_is_planned_pruned_inspected_and_evaluated_from_the_command
     assert patterns == ["2:4 (columns)"] * len(plan["weights"])
     arguments = [out, "--data", str(text), "--context", "32", "--windows", "2", "--against", model]
     figures = json.loads(invoke("eval", *arguments, "--json").stdout)
-    assert {"perplexity", "tokens", "context", "data_sha256", "kl", "top1_agreement"} <= set(figures)
+    assert {"context", "bos", "versions"} <= set(figures)
+    assert {"perplexity", "tokens", "sha256", "kl", "top5_agreement"} <= set(figures["sources"][0])
     for command, rest in (("plan", [model, *options]), ("inspect", [out]), ("eval", arguments)):
         assert invoke(command, *rest).exit_code == 0
     shown = invoke("prune", model, out, *options, "--overwrite")

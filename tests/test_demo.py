@@ -22,16 +22,11 @@ class Calls(list):
     def evaluate(self, model: Any, data: str, **options: Any) -> dict:
         shared = {
             "data": f"{data}: pydoc, Python 3.x",
-            "data_sha256": "0f" * 32,
+            "sha256": "0f" * 32,
             "tokens": options["windows"] * (options["context"] - 1),
         }
-        return {
-            "perplexity": 20.0,
-            "standard_error": 0.5,
-            "context": 512,
-            "windows": options["windows"],
-            **shared,
-        }
+        figures = {"perplexity": 20.0, "standard_error": 0.5, "windows": options["windows"]}
+        return {"context": 512, "sources": [{**figures, **shared}]}
 
 
 @pytest.fixture

@@ -46,6 +46,12 @@ def test_the_wheel_holds_every_module_of_every_package_folder(wheel: Path) -> No
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == expected
 
 
+def test_the_wheel_holds_what_is_read_beside_the_modules(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for file in (*PACKAGE.glob("eval/tasks/*.yaml"), *PACKAGE.glob("*.jinja")):
+        assert file.relative_to(ROOT).as_posix() in names
+
+
 def test_the_wheel_carries_its_licence_and_its_command(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     texts = {name.split("/", 1)[1]: name for name in archive.namelist() if ".dist-info/" in name}
