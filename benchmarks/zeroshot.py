@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import models, rows
 from llmsparse.eval.ability import beside, capabilities, lost_most
 from llmsparse.eval.evaluate import evaluate
-from llmsparse.eval.show import percent
+from llmsparse.figures import with_error
 
 KEY = (*models.IDENTITY, "limit", "task")
 TASKS = ["arc_easy", "hellaswag", "lambada_openai", "winogrande", "copa"]
@@ -86,7 +86,7 @@ def table(measured: list[dict[str, Any]], name: str, folder: Path, source: str, 
 def _cell(row: dict[str, Any] | None, solver: str) -> str:
     if row is None:
         return "not yet measured"
-    score = percent(row["value"], row["standard_error"]).removesuffix(" %")
+    score = with_error(row["value"], row["standard_error"], 100)
     return score if solver == "dense" else f"{score}; {row['ability']}"
 
 

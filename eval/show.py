@@ -8,6 +8,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from llmsparse.figures import with_error
+
 Row = dict[str, Any]
 
 
@@ -27,18 +29,13 @@ def show(result: Row) -> RenderableType:
     return Group(*parts, *map(Text, _measured_on(result)))
 
 
-def number(value: float | None, error: float | None = None, digits: int = 2) -> str:
-    """A figure with its standard error; a dash where there is none."""
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+def _share(value: float | None, error: float | None = None) -> str:
+    """A share in percent with its standard error; a dash where it is not known."""
+    return "-" if value is None else f"{with_error(value, error, 100)} %"
 
 
-def percent(value: float | None, error: float | None = None) -> str:
-    """A share in percent with its standard error."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
+def _figure(value: float | None, error: float | None = None) -> str:
+    return "-" if value is None else with_error(value, error)
 
 
 def _perplexities(sources: list[Row], against: bool) -> Table:
@@ -46,9 +43,9 @@ def _perplexities(sources: list[Row], against: bool) -> Table:
     rows = [
         [
             s["name"],
-            number(s["perplexity"], s["standard_error"]),
-            number(s["word_perplexity"], s["word_standard_error"]),
-            number(s["byte_perplexity"], s["byte_standard_error"], 4),
+            _figure(s["perplexity"], s["standard_error"]),
+            _figure(s["word_perplexity"], s["word_standard_error"]),
+            _figure(s["byte_perplexity"], s["byte_standard_error"]),
         ]
         for s in sources
     ]
@@ -56,10 +53,10 @@ def _perplexities(sources: list[Row], against: bool) -> Table:
         headings += ["dense", "KL (nats)", "top-1 agreement", "top-5"]
         for row, s in zip(rows, sources, strict=True):
             row += [
-                number(s["dense_perplexity"], s["dense_standard_error"]),
-                number(s["kl"], s["kl_standard_error"], 4),
-                percent(s["top1_agreement"]),
-                percent(s["top5_agreement"]),
+                _figure(s["dense_perplexity"], s["dense_standard_error"]),
+                _figure(s["kl"], s["kl_standard_error"]),
+                _share(s["top1_agreement"]),
+                _share(s["top5_agreement"]),
             ]
     return _table("Perplexity", headings, rows)
 
@@ -69,11 +66,11 @@ def _positions(source: Row) -> Table:
     rows = [
         [
             f"{p['from']} to {p['to']}",
-            number(p["perplexity"]),
-            number(p["dense_perplexity"]),
-            number(p["kl"], digits=4),
-            percent(p["top1_agreement"]),
-            percent(p["top5_agreement"]),
+            _figure(p["perplexity"]),
+            _figure(p["dense_perplexity"]),
+            _figure(p["kl"]),
+            _share(p["top1_agreement"]),
+            _share(p["top5_agreement"]),
         ]
         for p in source["positions"]
     ]
@@ -86,12 +83,12 @@ def _tasks(tasks: list[Row], against: bool) -> Table:
         headings += ["dense", "lost / won", "of the dense ability kept (95 %)"]
     rows = []
     for t in tasks:
-        row = [t["task"], t["metric"] or "-", percent(t["value"], t["standard_error"])]
+        row = [t["task"], t["metric"] or "-", _share(t["value"], t["standard_error"])]
         whole = t.get("items") is not None
-        row += [percent(t["chance"]), f"{t['items']} of {t['of']}"] if whole else ["-", "-"]
+        row += [_share(t["chance"]), f"{t['items']} of {t['of']}"] if whole else ["-", "-"]
         if against:
             row += [
-                percent(t["dense_value"], t["dense_standard_error"]),
+                _share(t["dense_value"], t["dense_standard_error"]),
                 f"{t['lost']} / {t['gained']}" if "lost" in t else "-",
                 t["ability"],
             ]
@@ -126,10 +123,10 @@ def _generation(generation: Row, against: bool) -> Iterator[RenderableType]:
         table.add_row("sparse" if against else "model", Text(_line(sample["continuation"])))
         yield table
         yield Text("")
-    rates = f"repeated 4-grams {percent(generation['repetition'])}, ended {percent(generation['terminated'])}"
+    rates = f"repeated 4-grams {_share(generation['repetition'])}, ended {_share(generation['terminated'])}"
     if against:
         rates += (
-            f"; dense: {percent(generation['dense_repetition'])}, {percent(generation['dense_terminated'])}"
+            f"; dense: {_share(generation['dense_repetition'])}, {_share(generation['dense_terminated'])}"
         )
     yield Text(rates)
 
@@ -157,8 +154,8 @@ def _measured_on(result: Row) -> Iterator[str]:
 
 def _table(title: str, headings: list[str], rows: list[list[str]], left: int = 1) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    for number_, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number_ < left else "right", overflow="fold")
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if column < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

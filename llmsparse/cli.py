@@ -38,8 +38,12 @@ SHELLS = {
     "prune": Shell("llmsparse.prune", "prune", "Prune MODEL, a hub id or a folder, into the new folder OUT."),
     "plan": Shell("llmsparse.plan", "plan", "What prune would do and cost, without loading a weight."),
     "eval": Shell(
-        "llmsparse.eval.evaluate", "evaluate", "Perplexity of MODEL, alone or against a dense model."
+        "llmsparse.eval.evaluate", "evaluate", "What MODEL is worth, alone or beside its dense parent."
     ),
+    "compare": Shell(
+        "llmsparse.compare", "compare", "One table of several runs, and what must not be compared."
+    ),
+    "report": Shell("llmsparse.page", "report", "One page (HTML, markdown) that shows one run or several."),
     "inspect": Shell(
         "llmsparse.inspect", "inspect", "The zeros of MODEL: sparsity and n:m pattern of each weight."
     ),
@@ -55,6 +59,14 @@ METAVARS = {
     "recipe": "FILE",
     "keep": "FOLDER",
     "against": "MODEL",
+    "data": "TEXTS",
+    "tasks": "TASKS",
+    "task_data": "FOLDER",
+    "html": "FILE",
+    "markdown": "FILE",
+    "generate": "N",
+    "limit": "N",
+    "stride": "N",
 }
 HELP = {
     "model": "a hub id (owner/name) or a local folder",
@@ -62,17 +74,26 @@ HELP = {
     "recipe": "YAML file of these options; options given here win",
     "resume": "continue a run that was cut off",
     "overwrite": "replace OUT if it exists",
-    "data": "wikitext2, builtin, a file, or a hub dataset id[:config][:split]",
+    "data": "texts, separated by commas: wikitext2, builtin, files, hub datasets id[:config][:split]",
+    "tasks": "zero-shot tasks, separated by commas: NAME.jsonl of --task-data, or lm-evaluation-harness's own",
+    "limit": "score only the first so many items of each task",
+    "task_data": "a folder of NAME.jsonl tasks (default: the folder zeroshot of $LLMSPARSE_DATA)",
+    "stride": "tokens from one window to the next (default: no overlap)",
+    "generate": "how many beginnings of the first text to continue, to be looked at",
+    "runs": "pruned folders, or files that eval --out wrote; NAME=RUN names one",
+    "html": "write a page there, self-contained",
+    "markdown": "write the tables there as markdown",
     "context": "tokens a window",
     "windows": "score only the first so many windows",
-    "against": "a dense model to compare with: KL divergence, top-1 agreement",
+    "against": "a dense model to compare with: fidelity, flips, the ability kept",
     "keep": "where the pruned checkpoints stay (default: they are removed)",
     "kind": "solvers, patterns... (default: everything)",
     "json": "print one JSON document on standard output and nothing else there",
 }
 HELP = {field.name: field.metadata["help"] for field in fields(Recipe)} | HELP
 HELP_OF = {  # where a name means less than it does to prune
-    ("eval", "batch_size"): "windows a forward pass",
+    ("eval", "batch_size"): "windows a forward pass, or so many times 512 tokens of task items",
+    ("eval", "out"): "write the results there as JSON too; compare and report read them",
     ("demo", "samples"): "calibration windows",
     ("demo", "sequence_length"): "tokens a window",
     ("demo", "windows"): "windows that are scored",

@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmsparse.figures import byte_size, duration
+
 Row = dict[str, Any]
 
 
@@ -18,8 +20,8 @@ def prune(report: Row) -> RenderableType:
     seconds, peak = report["seconds"], report["peak_memory"]
     lines = [
         f"{_coverage(report['coverage'])}; {_zeros(report['weights']):.2%} of them are zero",
-        f"{_seconds(sum(seconds.values()))} ({', '.join(f'{k} {_seconds(v)}' for k, v in seconds.items())}), "
-        f"peak memory {_bytes(max(peak.values(), default=0))}",
+        f"{duration(sum(seconds.values()))} ({', '.join(f'{k} {duration(v)}' for k, v in seconds.items())}), "
+        f"peak memory {byte_size(max(peak.values(), default=0))}",
         *(f"warning: {text}" for text in report.get("warnings", ())),
         f"written to {report['out']}; its report is {report['out']}/report.json",
         f"next: {shlex.join(['llmsparse', 'eval', report['out'], '--against', report['model']])}",
@@ -29,33 +31,36 @@ def prune(report: Row) -> RenderableType:
 
 def plan(result: Row) -> RenderableType:
     """A line for each kind of weight, then coverage and the expected cost."""
+    host, device = (byte_size(result[f"peak_{side}_bytes"]) or "unknown" for side in ("host", "device"))
     lines = [
         _coverage(result["coverage"]),
         f"solver {result['solver']}, calibration {_value(result['calibration'])}",
-        f"reads {_bytes(result['read_bytes'])}, writes {_bytes(result['write_bytes'])}",
-        f"expected peak memory: host {_bytes(result['peak_host_bytes'])}, "
-        f"device {_bytes(result['peak_device_bytes'])}; expected time {_seconds(result['seconds_estimate'])}",
+        f"reads {byte_size(result['read_bytes'])}, writes {byte_size(result['write_bytes'])}",
+        f"expected peak memory: host {host}, device {device}; "
+        f"expected time {duration(result['seconds_estimate']) or 'unknown'}",
         *(f"warning: {text}" for text in result.get("warnings", ())),
     ]
     return Group(_kinds(result["weights"], measured=False), *map(Text, lines))
 
 
 def evaluate(result: Row) -> RenderableType:
-    """The perplexity and what it was measured on."""
-    bos = result["bos"]["text"] if isinstance(result["bos"], dict) else result["bos"]
-    lines = [
-        f"perplexity {result['perplexity']:.4f} ± {_number(result.get('standard_error'))} (standard error)"
-    ]
-    if result.get("kl") is not None:
-        lines.append(
-            f"against the dense model: KL {result['kl']:.5f} ± {_number(result.get('kl_standard_error'))}, "
-            f"top-1 agreement {result['top1_agreement']:.2%}"
-        )
-    lines += [
-        f"{result['tokens']} tokens scored in {result['windows']} windows of {result['context']}; BOS: {bos}",
-        f"data {result['data']}, sha256 {result['data_sha256']}",
-    ]
-    return Group(*map(Text, lines))
+    """The tables that the evaluation lays out itself."""
+    from llmsparse.eval.show import show
+
+    return show(result)
+
+
+def compare(result: Row) -> RenderableType:
+    """The table that the comparison lays out itself."""
+    from llmsparse.compare import show
+
+    return show(result)
+
+
+def report(result: Row) -> RenderableType:
+    """Where the pages are, and what a reader of them should know."""
+    lines = [f"{result[form]}: {', '.join(result['runs'])}" for form in ("html", "markdown") if result[form]]
+    return Group(*map(Text, lines), *(Text(f"warning: {text}") for text in result["warnings"]))
 
 
 def inspect(result: Row) -> RenderableType:
@@ -95,6 +100,8 @@ SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "plan": plan,
     "eval": evaluate,
     "inspect": inspect,
+    "compare": compare,
+    "report": report,
     "list": choices,
     "demo": demo,
 }
@@ -170,28 +177,5 @@ def _value(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.3g}"
-
-
 def _shape(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _bytes(count: float | None) -> str:
-    if count is None:
-        return "unknown"
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"
