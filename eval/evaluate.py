@@ -85,7 +85,7 @@ def evaluate(
     texts = load_sources(data or (None if wanted and not generate else "wikitext2"), token, cache_dir)
     for checkpoint in checkpoints if texts else []:
         load.check_context(checkpoint, context, trust_remote_code)
-    cut = [cut_windows(source.text, tokenizer, context, windows, stride) for source in texts]
+    cut = [_cut(source, tokenizer, context, windows, stride) for source in texts]
     for each in cut:
         load.check_ids(checkpoints[0], each.ids, trust_remote_code)
     harness = load_tasks(wanted) if wanted else None
@@ -120,6 +120,13 @@ def evaluate(
     if out is not None:
         write_result(Path(out).expanduser(), result)
     return result
+
+
+def _cut(source: Source, tokenizer: Any, context: int, windows: int | None, stride: int | None) -> Windows:
+    try:
+        return cut_windows(source.text, tokenizer, context, windows, stride)
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from error
 
 
 @torch.inference_mode()

@@ -211,7 +211,9 @@ def test_no_text_is_refused(model, tmp_path):
 
 def test_a_text_shorter_than_a_window_is_refused(model, tmp_path):
     (tmp_path / "short.txt").write_text("w1 w2 w3")
-    with pytest.raises(UserError, match="the text has 3 tokens, and 16 are needed for 1 window of 16"):
+    with pytest.raises(
+        UserError, match="short.txt: the text has 3 tokens, and 16 are needed for 1 window of 16"
+    ):
         evaluate(model, str(tmp_path / "short.txt"), context=16)
 
 
