@@ -57,7 +57,7 @@ def beside(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     """A task's ``row`` with the dense model's row of the same items: flips and the ability kept."""
     found = row | {"dense_value": dense["value"], "dense_standard_error": dense["standard_error"]}
     if row["answers"] is None or dense["answers"] is None:
-        return found | {"ability_kept": None, "ability": "not measurable"}
+        return found | {"ability_kept": None, "ability": "not counted by items"}
     lost, gained = flips(row["answers"], dense["answers"])
     kept = ability_kept(row["answers"], dense["answers"], row["chance"])
     return found | {
@@ -72,22 +72,24 @@ def beside(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
 
 
 def capabilities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each capability's tasks and the mean of the ability that they kept; ``status`` says what is known.
+    """Each capability's tasks and the ability kept, the mean of its ``measurable`` ones weighted by items.
 
-    ``not measured``: no task covers it, or there was no dense model to compare with; ``not measurable``: the
-    dense model is not above chance on any of its tasks.
+    ``status`` says what is known. ``not measured``: no task covers it, or there was no dense model to compare
+    with; ``not measurable``: the dense model is not above chance on any of its tasks.
     """
     found = []
     tasks = [row for row in rows if not row.get("group")]
     for capability in dict.fromkeys([*_beginnings().values(), *(row["capability"] for row in tasks)]):
         members = [row for row in tasks if row["capability"] == capability]
-        kept = [row["ability_kept"]["value"] for row in members if row.get("ability_kept")]
+        kept = [(row["ability_kept"]["value"], row["items"]) for row in members if row.get("ability_kept")]
+        items = sum(size for _, size in kept)
         compared = any("dense_value" in row for row in members)
         found.append(
             {
                 "capability": capability,
                 "tasks": [row["task"] for row in members],
-                "ability_kept": sum(kept) / len(kept) if kept else None,
+                "measurable": [row["task"] for row in members if row.get("ability_kept")],
+                "ability_kept": sum(value * size for value, size in kept) / items if kept else None,
                 "status": "measured" if kept else "not measurable" if compared else "not measured",
             }
         )
@@ -95,6 +97,6 @@ def capabilities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def lost_most(groups: list[dict[str, Any]]) -> str | None:
-    """The capability that kept the least of what the dense model can; None when none was measured."""
-    measured = [group for group in groups if group["ability_kept"] is not None]
+    """The capability that kept the least of what the dense model can; None when nothing measured was lost."""
+    measured = [group for group in groups if group["ability_kept"] is not None and group["ability_kept"] < 1]
     return min(measured, key=lambda group: group["ability_kept"])["capability"] if measured else None

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmsparse.atomic import check_place, write_whole
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import forward_dtype, pick_device
 from llmsparse.errors import UserError
@@ -71,9 +70,12 @@ def evaluate(
         UserError: no checkpoint, no text, text shorter than a window, a context beyond the model's
             positions, another vocabulary in ``against``, an unknown task, outputs that are NaN.
     """
-    _check_numbers(windows=windows, batch_size=batch_size, limit=limit)
-    if out is not None and not Path(out).expanduser().absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
+    for name, value in (("windows", windows), ("batch-size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: it starts at 1")
+    if generate < 0:
+        raise UserError(f"--generate {generate}: name how many texts to continue, or 0")
+    check_place(out)
     where, progress = pick_device(device), progress or Quiet()
     checkpoints = [Checkpoint.open(model, revision, token, cache_dir)]
     if against is not None:
@@ -88,6 +90,8 @@ def evaluate(
     cut = [_cut(source, tokenizer, context, windows, stride) for source in texts]
     for each in cut:
         load.check_ids(checkpoints[0], each.ids, trust_remote_code)
+    if wanted:
+        load.check_embeddings(checkpoints[0], tokenizer, trust_remote_code)
     harness = load_tasks(wanted) if wanted else None
     used = forward_dtype(dtype, checkpoints[0].stored_dtype, where)
     names = [str(model)] if against is None else [str(model), str(against)]
@@ -99,7 +103,7 @@ def evaluate(
         **dict(zip(("model_bytes", "against_bytes"), map(load.weight_bytes, checkpoints), strict=False)),
         "context": context,
         "stride": stride,
-        "bos": bos_rule(tokenizer, context),
+        "bos": bos_rule(tokenizer),
         "dtype": str(used).removeprefix("torch."),
         "device": str(where),
         "versions": versions(),
@@ -118,7 +122,7 @@ def evaluate(
         with _timed(seconds, "generation"):
             result["generation"] = continuations(loaded, prompts_of(cut[0].ids, generate), tokenizer)
     if out is not None:
-        write_result(Path(out).expanduser(), result)
+        write_whole(out, json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 
@@ -167,30 +171,21 @@ def _tasks(
     from llmsparse.eval.harness import SharedPrefixLM
     from llmsparse.eval.zeroshot import zero_shot
 
-    found, shares = [], True
+    found = []
     for model, name in zip(models, names, strict=True):
         runner = SharedPrefixLM(
             model, tokenizer, batch_tokens=batch_size * TASK_TOKENS, name=name, progress=progress
         )
         found.append(zero_shot(runner, harness, sources, limit))
-        shares = shares and runner.shares is not False
     rows = found[0] if len(found) == 1 else [beside(*pair) for pair in zip(*found, strict=True)]
     groups = capabilities(rows)
     return {
         "tasks": rows,
         "limit": limit,
-        "shared_prefixes": shares,
+        "shared_prefixes": runner.shares is True,
         "capabilities": groups,
         "lost_most": lost_most(groups),
     }
-
-
-def write_result(file: Path, result: dict[str, Any]) -> None:
-    """Write ``result`` as JSON; ``file`` appears whole or stays as it was."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
-        new.write(json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    os.chmod(new.name, 0o644)
-    os.replace(new.name, file)
 
 
 @contextlib.contextmanager
@@ -198,9 +193,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 2)
-
-
-def _check_numbers(**options: int | None) -> None:
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it starts at 1")

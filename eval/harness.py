@@ -12,6 +12,7 @@ from llmsparse.eval.nonfinite import refuse_nan
 from llmsparse.eval.packing import Batch, Path, Row, attention_mask, batches, collate, share
 
 Request = tuple[Any, list[int], list[int]]  # (context, continuation) as text, then as token ids
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that a mask keeps apart
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether it is the greedy one
 
 
@@ -60,6 +61,9 @@ class SharedPrefixLM(HFLM):
                 f"a continuation of {len(continuation)} tokens cannot be scored by {self.name}, "
                 f"which has {self.max_length} positions"
             )
+        context = context or [
+            self.prefix_token_id
+        ]  # a blank context that became no token, as for an empty one
         tokens = (context + continuation)[-(self.max_length + 1) :]
         return Path(number, tokens[:-1], continuation)
 
@@ -86,14 +90,18 @@ class SharedPrefixLM(HFLM):
 
     def _keeps_apart(self, row: Row) -> bool:
         """Whether the paths of ``row`` score in one row what they score each on its own."""
+        if not set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) <= ATTENTION:
+            return False
         try:
             together = self._answers(collate([row]), masked=True)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         apart = self._answers(collate(_alone(row.paths)), masked=False)
-        bound = max(1e-3, 16 * torch.finfo(self.model.dtype).eps)  # nats a token
+        bound = max(1e-3, 16 * torch.finfo(self.model.dtype).eps)  # nats; errors of rounding add up as a root
         return all(
-            abs(one[0] - two[0]) <= bound * len(path.targets)
+            abs(one[0] - two[0]) <= bound * len(path.targets) ** 0.5
             for (path, one), (_, two) in zip(together, apart, strict=True)
         )
 

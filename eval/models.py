@@ -31,7 +31,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise UserError(
             f"{checkpoint.folder} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
@@ -81,6 +81,16 @@ def check_ids(checkpoint: Checkpoint, ids: Tensor, trust_remote_code: bool) -> N
         raise UserError(
             f"the text became token id {ids.max()}, but {checkpoint.folder} has a vocabulary of {size}; "
             "its tokenizer belongs to another model"
+        )
+
+
+def check_embeddings(checkpoint: Checkpoint, tokenizer: Any, trust_remote_code: bool) -> None:
+    """Refuse a tokenizer that knows tokens for which the model has no embedding."""
+    size = checkpoint.config(trust_remote_code).get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"the tokenizer of {checkpoint.folder} has {len(tokenizer)} tokens, and its model a vocabulary of {size}; "
+            "it belongs to another model"
         )
 
 

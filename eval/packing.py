@@ -45,11 +45,14 @@ class Batch(NamedTuple):
 
 
 def share(paths: Sequence[Path], most: int) -> list[Row]:
-    """Join neighbours whose inputs begin alike over at least half of the context, up to ``most`` tokens a row."""
+    """Join neighbours whose inputs begin alike over at least half of the context.
+
+    A row has up to ``most`` tokens, or twice those of its last path where that is more.
+    """
     rows: list[Row] = []
     for path in paths:
         joined = _joined(rows[-1], path) if rows else None
-        if joined is not None and len(joined) <= most:
+        if joined is not None and len(joined) <= max(most, 2 * len(path.inputs)):
             rows[-1] = joined
         else:
             rows.append(Row(len(path.inputs), [path]))

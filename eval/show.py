@@ -83,12 +83,13 @@ def _tasks(tasks: list[Row], against: bool) -> Table:
         headings += ["dense", "lost / won", "of the dense ability kept (95 %)"]
     rows = []
     for t in tasks:
-        row = [t["task"], t["metric"] or "-", _share(t["value"], t["standard_error"])]
+        score = _figure if t.get("unit") == "score" else _share
+        row = [t["task"], t["metric"] or "-", score(t["value"], t["standard_error"])]
         whole = t.get("items") is not None
         row += [_share(t["chance"]), f"{t['items']} of {t['of']}"] if whole else ["-", "-"]
         if against:
             row += [
-                _share(t["dense_value"], t["dense_standard_error"]),
+                score(t["dense_value"], t["dense_standard_error"]),
                 f"{t['lost']} / {t['gained']}" if "lost" in t else "-",
                 t["ability"],
             ]
@@ -101,14 +102,18 @@ def _capabilities(result: Row, against: bool) -> Iterator[RenderableType]:
     shown = []
     for group in groups:
         kept = f"{group['ability_kept']:.0%} kept" if group["status"] == "measured" else group["status"]
-        covered = ", ".join(group["tasks"]) or "no task covers it"
+        marks = {
+            t: "" if t in group["measurable"] or not against else " (not measurable)" for t in group["tasks"]
+        }
+        covered = ", ".join(task + mark for task, mark in marks.items()) or "no task covers it"
         shown.append([group["capability"], kept, covered] if against else [group["capability"], covered])
     headings = ["capability", "ability", "tasks"] if against else ["capability", "tasks"]
     yield _table("Capabilities", headings, shown, left=len(headings))
     if result["lost_most"] is not None:
         yield Text(f"lost most: {result['lost_most']}")
     elif against:
-        yield Text("lost most: not measurable; the dense model is not above chance on these items")
+        known = any(group["status"] == "measured" for group in groups)
+        yield Text(f"lost most: {'nothing was lost' if known else 'not measurable on these items'}")
 
 
 def _generation(generation: Row, against: bool) -> Iterator[RenderableType]:

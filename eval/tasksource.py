@@ -190,6 +190,8 @@ def load_tasks(sources: list[TaskSource]) -> Any:
             raise UserError(
                 f"task {name} runs code that the model writes; run it in lm_eval itself, in a sandbox"
             )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {name} needs more than text; causal language models read text alone")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # the harness's own default

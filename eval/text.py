@@ -52,6 +52,7 @@ def load_text(data: str, token: str | None = None, cache_dir: str | None = None)
         text = _joined(data, token, cache_dir)
         as_it_is = path.is_file() and path.suffix == ".txt"
         label = f"{data}: {'as it is' if as_it_is else 'documents joined by blank lines'}"
+    text = text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of characters
     if not text.strip():
         raise UserError(f"{data} holds no text to evaluate on")
     return text, hashlib.sha256(text.encode()).hexdigest(), label

@@ -52,15 +52,23 @@ def cut_windows(
     count = (len(ids) - length) // step + 1 if len(ids) >= length else 0
     _check_count(count, windows, len(ids), length, step)
     places = torch.arange(windows or count)[:, None] * step + torch.arange(length)  # (count, length)
-    first = torch.full((len(places),), max(context - 1 - step, 0))
-    first[0] = 0
+    special = max(len(prefix) - 1, 0)  # predictions that are of the prefix itself
+    first = torch.full((len(places),), max(context - 1 - step, special))
+    first[0] = special
     start = torch.tensor(prefix, dtype=torch.int64).expand(len(places), -1)
     predicted = places if prefix else places[:, 1:]
-    byte_sizes, words = (None, None) if sizes is None else (size[predicted] for size in sizes)
+    byte_sizes, words = (
+        (None, None) if sizes is None else (_behind(special, size[predicted]) for size in sizes)
+    )
     return Windows(
         torch.cat([start, torch.tensor(ids, dtype=torch.int64)[places]], dim=1),
         first, byte_sizes, words,
     )  # fmt: skip
+
+
+def _behind(count: int, sizes: Tensor) -> Tensor:
+    """``sizes`` (windows, tokens) behind ``count`` columns of zeros."""
+    return torch.nn.functional.pad(sizes, (count, 0))
 
 
 def _tokens(text: str, tokenizer: Any) -> tuple[list[int], tuple[Tensor, Tensor] | None]:
@@ -97,12 +105,10 @@ def _check_count(count: int, windows: int | None, tokens: int, length: int, step
     )
 
 
-def bos_rule(tokenizer: Any, context: int) -> str:
+def bos_rule(tokenizer: Any) -> str:
     """What starts a window, in words."""
     prefix = window_prefix(tokenizer)
     if not prefix:
-        return f"the tokenizer adds no BOS: a window is {context} text tokens, all but the first predicted"
+        return "none: the tokenizer adds none, and the first token of a window is not predicted"
     special = " ".join(tokenizer.convert_ids_to_tokens(prefix))
-    return (
-        f"{special} starts every window, as the tokenizer adds it: then {context - len(prefix)} text tokens"
-    )
+    return f"{special} starts every window, as the tokenizer adds it"

@@ -9,6 +9,16 @@ from llmsparse.eval.ability import capability_of
 from llmsparse.eval.tasksource import TaskSource
 
 PREFERRED = ("acc_norm", "acc", "exact_match")  # the metric that stands for a task that reports several
+SHARES = {
+    *PREFERRED,
+    "acc_bytes",
+    "acc_mutual_info",
+    "acc_all",
+    "em",
+    "f1",
+    "mcc",
+    "brier_score",
+}  # of 0 to 1
 BOOTSTRAPS = 1000  # resamples for the metrics whose standard error has no formula
 
 
@@ -57,6 +67,7 @@ def _row(name: str, found: Any, source: TaskSource | None) -> dict[str, Any]:
         "metric": metric,
         "value": metrics[metric][0],
         "standard_error": metrics[metric][1],
+        "unit": unit_of(metric),
         "metrics": metrics,
         "chance": sum(chances) / len(chances),
         "items": sizes["effective"],
@@ -68,6 +79,11 @@ def _row(name: str, found: Any, source: TaskSource | None) -> dict[str, Any]:
     }
 
 
+def unit_of(metric: str) -> str:
+    """``share`` of the items, or a ``score`` on a scale of its own, where less may be better."""
+    return "share" if metric.partition(" ")[0] in SHARES else "score"
+
+
 def _group(name: str, found: Any) -> dict[str, Any]:
     metrics = _metrics(found["results"][name])
     if not metrics:
@@ -75,7 +91,8 @@ def _group(name: str, found: Any) -> dict[str, Any]:
                 "capability": capability_of(name), "group": True}  # fmt: skip
     metric = next((m for m in PREFERRED if m in metrics), next(iter(metrics)))
     value, error = metrics[metric]
-    return {"task": name, "metric": metric, "value": value, "standard_error": error, "metrics": metrics,
+    return {"task": name, "metric": metric, "value": value, "standard_error": error,
+            "unit": unit_of(metric), "metrics": metrics,
             "answers": None, "capability": capability_of(name), "group": True}  # fmt: skip
 
 

@@ -11,6 +11,7 @@ _PUBLIC = {  # name -> the module that defines it, imported when it is first use
     "prune": "llmsparse.prune",
     "plan": "llmsparse.plan",
     "evaluate": "llmsparse.eval.evaluate",
+    "compare": "llmsparse.compare",
     "inspect": "llmsparse.inspect",
     "demo": "llmsparse.demo",
     "Unstructured": "llmsparse.pattern",

@@ -24,9 +24,10 @@ CONDITIONS = {  # what must be alike wherever the same text or task was measured
     "sha256": "data hashes (the name is the same, the data is not)",
     "dtype": "number formats of the forward pass",
 }
+UNITS = ("word", "byte")  # what perplexity is also given by, so that different tokenizers compare
 MUST_AGREE = {
     "perplexity": ("context", "stride", "tokens", "bos", "sha256", "dtype"),
-    "task": ("metric", "items", "sha256", "dtype"),
+    "task": ("metric", "items", "bos", "sha256", "dtype"),
 }
 
 
@@ -43,27 +44,36 @@ def compare(runs: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"compare takes two runs or more and was given {len(runs)}; name another RUN")
     loaded = load_runs(runs)
     names = labels(loaded)
+    rows = [_row(run, names) for run in loaded]
+    shown = {name for row in rows for name in row["measures"]}
     return {
         "runs": [run.name for run in loaded],
-        "columns": list(names.values()),
-        "rows": [_row(run, names) for run in loaded],
+        "columns": [column for name in names.values() for column in _columns(name) if column in shown],
+        "rows": rows,
         "flips": [flip for run in loaded[1:] for flip in flips(loaded[0], run, names)],
         "warnings": differences(loaded),
     }
 
 
+def _columns(name: str) -> list[str]:
+    return [name, *(f"{name}, per {unit}" for unit in UNITS)]
+
+
 def _row(run: Run, names: dict[Key, str]) -> Row:
-    found = {
-        names[key]: {
-            "kind": key[0],
-            "value": measure.value,
-            "standard_error": measure.error,
-            **{k: measure.row[k] for k in ("metric", "items", "tokens", "context") if k in measure.row},
+    found: dict[str, Row] = {}
+    for key, measure in measures(run).items():
+        about: Row = {
+            k: measure.row[k] for k in ("metric", "items", "tokens", "context", "unit") if k in measure.row
         }
-        for key, measure in measures(run).items()
-    }
-    about = {"solver": run.solver, "pattern": run.pattern, "sparsity": run.sparsity}
-    return {"run": run.name, **about, "weight_bytes": run.weight_bytes, "measures": found}
+        figure = {"value": measure.value, "standard_error": measure.error}
+        found[names[key]] = {"kind": key[0], **figure, **about}
+        for unit in UNITS if key[0] == "perplexity" else ():
+            if (value := measure.row.get(f"{unit}_perplexity")) is not None:
+                error = measure.row.get(f"{unit}_standard_error")
+                figure = {"value": value, "standard_error": error}
+                found[f"{names[key]}, per {unit}"] = {"kind": key[0], **figure}
+    made = {"solver": run.solver, "pattern": run.pattern, "sparsity": run.sparsity}
+    return {"run": run.name, **made, "weight_bytes": run.weight_bytes, "measures": found}
 
 
 def flips(first: Run, run: Run, names: dict[Key, str]) -> Iterator[Row]:
@@ -94,7 +104,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """A line for each way in which the runs' figures of the same text or task were measured differently."""
     lines: dict[tuple[str, str], list[str]] = {}  # (what differs, who has which) -> texts and tasks
     for kind, name in dict.fromkeys(key[:2] for run in runs for key in measures(run)):
-        rows = {run.name: _of(run, kind, name) for run in runs}
+        rows = _comparable(runs, kind, name)
         values = {
             condition: {run: _values(condition, found) for run, found in rows.items() if found}
             for condition in MUST_AGREE[kind]
@@ -107,8 +117,15 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return [f"{', '.join(names)}: {what} differ: {who}" for (what, who), names in lines.items()]
 
 
-def _of(run: Run, kind: str, name: str) -> list[Measure]:
-    return [measure for key, measure in measures(run).items() if key[:2] == (kind, name)]
+def _comparable(runs: Sequence[Run], kind: str, name: str) -> dict[str, list[Measure]]:
+    """Each run's figures of one text or task: those under conditions that all have, else all of them."""
+    found = {r.name: {k: m for k, m in measures(r).items() if k[:2] == (kind, name)} for r in runs}
+    having = [set(figures) for figures in found.values() if figures]
+    common = set.intersection(*having) if having else set()
+    return {
+        run: [m for key, m in figures.items() if key in common or not common]
+        for run, figures in found.items()
+    }
 
 
 def _values(key: str, rows: Sequence[Measure]) -> tuple[Any, ...]:
@@ -169,8 +186,8 @@ def _named(name: str, found: Sequence[Row | None]) -> Text:
 def _figure(measure: Row | None) -> str:
     if measure is None:
         return ""
-    task = measure["kind"] == "task"
-    return with_error(measure["value"], measure["standard_error"], 100.0 if task else 1.0)
+    share = measure["kind"] == "task" and measure.get("unit") != "score"
+    return with_error(measure["value"], measure["standard_error"], 100.0 if share else 1.0)
 
 
 def _flip_table(flips: Sequence[Row]) -> Table:

@@ -5,9 +5,9 @@ import math
 
 def with_error(value: float | None, error: float | None, scale: float = 1.0) -> str:
     """``30.1 ± 1.2``: two digits of the error, and the value as far."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "not finite"
-    if not error or error < 0:
+    if not error or error < 0 or not math.isfinite(error) or abs(value * scale) >= 1e7:
         return plain(value * scale)
     digits = min(max(1 - math.floor(math.log10(float(f"{error * scale:.1e}"))), 0), 8)
     return f"{value * scale:.{digits}f} ± {error * scale:.{digits}f}"
@@ -15,7 +15,7 @@ def with_error(value: float | None, error: float | None, scale: float = 1.0) -> 
 
 def plain(value: float | None) -> str:
     """Four digits, and no exponent where whole digits are short enough."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "not finite"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 

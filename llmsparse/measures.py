@@ -10,7 +10,7 @@ from llmsparse.runs import CONDITIONS, Run, unused
 
 Row = dict[str, Any]
 Key = tuple[str, str, Any]  # ("perplexity", text, (context, stride)) or ("task", task, metric)
-ABOUT = {"name", "data", "sha256", "tokens", "task", "metric", "items", "of", "chance", "capability"}
+ABOUT = {"name", "data", "sha256", "tokens", "task", "metric", "items", "of", "chance", "capability", "unit"}
 
 
 class Measure(NamedTuple):
@@ -25,6 +25,11 @@ class Measure(NamedTuple):
         return "task" in self.row
 
     @property
+    def scale(self) -> float:
+        """What the figure is shown in: percent for a share of items."""
+        return 100.0 if self.is_task and self.row.get("unit") != "score" else 1.0
+
+    @property
     def dense(self) -> "Measure | None":
         """The dense model's, where the same evaluation measured it too."""
         value = "dense_value" if self.is_task else "dense_perplexity"
@@ -36,7 +41,7 @@ class Measure(NamedTuple):
         return Measure(self.row[value], error, about | figure | {"standard_error": error})
 
     def __str__(self) -> str:
-        return with_error(self.value, self.error, 100.0 if self.is_task else 1.0)
+        return with_error(self.value, self.error, self.scale)
 
 
 def measures(run: Run) -> dict[Key, Measure]:
@@ -52,6 +57,11 @@ def measures(run: Run) -> dict[Key, Measure]:
         key = ("task", str(row.get("task")), row.get("metric"))
         _keep_larger(found, key, Measure(row.get("value"), row.get("standard_error"), row), "items")
     return found
+
+
+def same_data(one: Measure, other: Measure) -> bool:
+    """Whether both figures are of the same text or items, under the same rule for BOS."""
+    return all(one.row.get(key) == other.row.get(key) for key in ("sha256", "tokens", "items", "bos"))
 
 
 def _keep_larger(found: dict[Key, Measure], key: Key, measure: Measure, size: str) -> None:
@@ -86,9 +96,9 @@ def change(measure: Measure, dense: Measure | None) -> str:
         times = measure.value / dense.value
         return f"× {times:.2f}" if times < 10 else f"× {plain(round(times, 1))}"
     row = measure.row
-    points = f"{100 * (measure.value - dense.value):+.1f}".replace("-", "−")
+    points = f"{measure.scale * (measure.value - dense.value):+.1f}".replace("-", "−")
     error = paired_error(row.get("lost"), row.get("gained"), row.get("items"))
-    return points + ("" if error is None else f" ± {100 * error:.1f}")
+    return points + ("" if error is None else f" ± {measure.scale * error:.1f}")
 
 
 def paired_error(lost: int | None, gained: int | None, items: int | None) -> float | None:
@@ -109,7 +119,7 @@ def with_dense(runs: list[Run]) -> tuple[list[Run], dict[str, Run]]:
     what evaluations with ``--against`` say of it.
     """
     given = {_place(run.model): run for run in reversed(runs) if run.model}
-    unpruned = next((run for run in runs if run.report is None and run.against is None), None)
+    unpruned = {Path(str(run.model)).name: run for run in runs if run.report is None and run.against is None}
     made: dict[str, Run] = {}
     for place in dict.fromkeys(_place(run.against) for run in runs if run.against):
         evaluation = _dense_evaluation([run for run in runs if run.against and _place(run.against) == place])
@@ -119,7 +129,7 @@ def with_dense(runs: list[Run]) -> tuple[list[Run], dict[str, Run]]:
     found: dict[str, Run] = {}
     for run in runs:
         dense = (given | made).get(_place(run.against)) if run.against else None
-        dense = dense or (unpruned if run.report is not None else None)
+        dense = dense or unpruned.get(Path(str(run.against)).name)
         if dense is not None and dense is not run:
             found[run.name] = dense
     first = [*made.values(), *(run for run in runs if run in found.values())]

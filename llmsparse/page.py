@@ -1,15 +1,14 @@
 """Runs on one page: HTML that needs nothing but itself, or markdown."""
 
 import html as escaping
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from llmsparse import __version__
+from llmsparse.atomic import check_place, write_whole
 from llmsparse.blocks import Block, Cell, Facts, Figures, Note, Samples, Section, Table
 from llmsparse.compare import differences
 from llmsparse.errors import UserError
@@ -36,10 +35,10 @@ def report(
     loaded = load_runs(runs)
     targets = [(html, html_of), (markdown, markdown_of)]
     for file, _ in targets:
-        _check_place(file)
+        check_place(file)
     written = [(Path(file), make(loaded)) for file, make in targets if file is not None]
     for path, text in written:
-        _write(path, text)
+        write_whole(path, text)
     return {
         "runs": [run.name for run in loaded],
         "html": None if html is None else str(html),
@@ -50,29 +49,6 @@ def report(
 
 def _warnings(run: Run) -> list[str]:
     return (run.report or {}).get("warnings") or []
-
-
-def _check_place(file: str | Path | None) -> None:
-    if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-        found = (
-            "is a folder" if Path(file).is_dir() else f"would lie in {Path(file).parent}, which is no folder"
-        )
-        raise UserError(f"{file} {found}; name a file in a folder that exists")
-
-
-def _write(path: Path, text: str) -> None:
-    """``path`` appears whole or stays as it was."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-    ) as new:
-        try:
-            new.write(text)
-            new.flush()
-            os.chmod(new.name, 0o644)
-            os.replace(new.name, path)
-        except BaseException:
-            os.unlink(new.name)
-            raise
 
 
 # ---- HTML

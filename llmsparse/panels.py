@@ -23,13 +23,12 @@ def against_bytes(runs: Sequence[Run], looks: Looks, labels: dict[Key, str]) -> 
     sizes, unit = _sizes(runs)
     for key in shown:
         found = {run.name: measures(run).get(key) for run in runs}
-        known = {name: m for name, m in found.items() if m and m.value is not None and name in sizes}
-        if len(known) < 2:
-            continue
         task = key[0] == "task"
-        scale = 100.0 if task else 1.0
+        known = {name: m for name, m in found.items() if m and m.value is not None and name in sizes}
+        if len(known) < 2 or task and any(m.scale == 1 for m in known.values()):
+            continue
         points = [
-            Point(looks[name], sizes[name], m.value * scale, m.error * scale if m.error else None)
+            Point(looks[name], sizes[name], m.value * m.scale, m.error * m.scale if m.error else None)
             for name, m in known.items()
             if m.value is not None
         ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from llmsparse import panels
 from llmsparse.blocks import Block, Cell, Facts, Figures, Note, Sample, Samples, Section, Table
 from llmsparse.figures import byte_size, duration, percent, plain, with_error
-from llmsparse.measures import Key, Measure, change, labels, measures, source_name, with_dense
+from llmsparse.measures import Key, Measure, change, labels, measures, same_data, source_name, with_dense
 from llmsparse.plots import Look, looks
 from llmsparse.runs import Run
 
@@ -40,7 +40,8 @@ class View(NamedTuple):
     def beside(self, run: Run, key: Key, measure: Measure) -> Measure | None:
         """The dense figure of the same evaluation, else the dense run's own."""
         dense = self.dense.get(run.name)
-        return measure.dense or (measures(dense).get(key) if dense else None)
+        found = measures(dense).get(key) if dense else None
+        return measure.dense or (found if found and same_data(measure, found) else None)
 
 
 def sections(runs: list[Run]) -> list[Section]:
@@ -137,6 +138,8 @@ def _about(measure: Measure) -> str:
     if not measure.is_task:
         context = f", context {row['context']}" if row.get("context") else ""
         return f"perplexity, less is better{context}"
+    if measure.scale == 1:
+        return f"{row.get('metric')}, on its own scale"
     chance = f", guessing {percent(row['chance'], 0)}" if row.get("chance") else ""
     return f"% {row.get('metric') or 'right'}, more is better{chance}"
 
@@ -157,7 +160,7 @@ UNITS = ("word", "byte")
 
 
 def _unit(row: Row | None, unit: str) -> Cell:
-    if not row or f"{unit}_perplexity" not in row:
+    if not row or row.get(f"{unit}s") is None:
         return Cell("")
     return Cell(with_error(row[f"{unit}_perplexity"], row.get(f"{unit}_standard_error")))
 

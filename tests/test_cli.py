@@ -56,8 +56,9 @@ PAIRED = {
     "dense_value": 0.6, "dense_standard_error": 0.02, "lost": 70, "gained": 20, "ability": "71% (60% to 83%)",
 }
 CAPABILITIES = [
-    {"capability": "knowledge", "tasks": ["arc_easy"], "ability_kept": 0.714, "status": "measured"},
-    {"capability": "code", "tasks": [], "ability_kept": None, "status": "not measured"},
+    {"capability": "knowledge", "tasks": ["arc_easy"], "measurable": ["arc_easy"], "ability_kept": 0.714,
+     "status": "measured"},
+    {"capability": "code", "tasks": [], "measurable": [], "ability_kept": None, "status": "not measured"},
 ]
 GENERATION = {
     "new_tokens": 64, "repetition": 0.5, "terminated": 0.25, "dense_repetition": 0.1, "dense_terminated": 1.0,

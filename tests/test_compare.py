@@ -42,7 +42,7 @@ def test_each_run_has_a_row_of_what_it_is_and_what_it_reached(tmp_path: Path) ->
         pruned_folder(tmp_path / n, evaluation(tasks=[task()]), solver=n) for n in ("wanda", "magnitude")
     ]
     result = compare(tuple(folders))
-    assert result["columns"] == ["wikitext2", "hellaswag"]
+    assert result["columns"] == ["wikitext2", "wikitext2, per word", "wikitext2, per byte", "hellaswag"]
     row = result["rows"][1]
     assert (row["run"], row["solver"], row["pattern"]) == ("magnitude", "magnitude", "50%")
     assert (row["sparsity"], row["weight_bytes"]) == (0.5, 269_060_552)
@@ -57,7 +57,7 @@ def test_each_run_has_a_row_of_what_it_is_and_what_it_reached(tmp_path: Path) ->
     [
         ({"context": 512}, "wikitext2: contexts differ: 2,048 (one); 512 (other)"),
         ({"stride": 256}, "wikitext2: strides differ: none (one); 256 (other)"),
-        ({"bos": "BOS in each"}, "wikitext2: BOS rules differ"),
+        ({"bos": "BOS in each"}, "wikitext2, hellaswag: BOS rules differ"),
         ({"dtype": "bfloat16"}, "wikitext2, hellaswag: number formats of the forward pass differ"),
         ({"sources": [source(sha256="ab" * 32)]}, "696cca6b696c (one); abababababab (other)"),
         ({"sources": [source(tokens=100)]}, "wikitext2: numbers of tokens scored differ: 32,752 (one); 100"),
@@ -74,7 +74,24 @@ def test_what_must_not_be_compared_is_said(pair: Pair, change: dict[str, Any], w
 
 def test_figures_under_other_conditions_stand_on_lines_of_their_own(pair: Pair) -> None:
     result = pair(evaluation(), evaluation(context=512))
-    assert result["columns"] == ["wikitext2, context 2048", "wikitext2, context 512"]
+    texts = [column for column in result["columns"] if "per " not in column]
+    assert texts == ["wikitext2, context 2048", "wikitext2, context 512"]
+
+
+def test_runs_that_share_a_context_are_compared_in_it(tmp_path: Path) -> None:
+    both = pruned_folder(tmp_path / "both", evaluation())
+    write(tmp_path / "both" / "eval-512.json", evaluation(context=512))
+    other = pruned_folder(tmp_path / "other", evaluation())
+    assert compare((both, other))["warnings"] == []
+    third = pruned_folder(tmp_path / "third", evaluation(context=512))
+    (line,) = compare((both, other, third))["warnings"]
+    assert line.startswith("wikitext2: contexts differ")
+
+
+def test_a_task_under_another_rule_for_bos_is_not_compared(pair: Pair) -> None:
+    one = evaluation(sources=[], tasks=[task()])
+    (line,) = pair(one, one | {"bos": "none"})["warnings"]
+    assert line.startswith("hellaswag: BOS rules differ")
 
 
 def test_flips_are_counted_on_the_same_items_only(pair: Pair) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse import page
+from llmsparse import atomic
 from llmsparse.errors import UserError
 from llmsparse.page import html_of, markdown_of, report
 from llmsparse.panels import block_of, kind_of
@@ -137,7 +137,7 @@ def test_files_are_replaced_whole_and_left_alone_when_something_fails(
     out.mkdir()
     (out / "r.html").write_text("before")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(atomic.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
         report((run,), html=out / "r.html")
     assert [(f.name, f.read_text()) for f in out.iterdir()] == [("r.html", "before")]
     assert report((run,), html=out / "r.html")["markdown"] is None
@@ -151,7 +151,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
         report((run,))
     with pytest.raises(UserError, match="no run; name a pruned folder"):
         report((), html=tmp_path / "r.html")
-    with pytest.raises(UserError, match="which is no folder; name a file in a folder that exists"):
+    with pytest.raises(UserError, match="which is no folder; make it first"):
         report((run,), html=tmp_path / "r.html", markdown=tmp_path / "absent" / "r.md")
     with pytest.raises(UserError, match="is a folder"):
         report((run,), html=tmp_path)

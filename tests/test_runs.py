@@ -109,7 +109,9 @@ def test_figures_are_written_as_far_as_their_errors_reach() -> None:
     assert with_error(0.4321, 0.0224, 100) == "43.2 ± 2.2"
     assert with_error(9.99, 0.999) == "10.0 ± 1.0"
     assert with_error(30.123, None) == "30.12"
-    assert with_error(None, None) == "not finite"
+    assert with_error(None, None) == with_error(float("inf"), float("nan")) == "not finite"
+    assert with_error(1.0, float("inf")) == "1"
+    assert with_error(1e200, 1e199) == "1e+200"
     assert plain(123456.7) == "123457"
 
 

@@ -14,7 +14,7 @@ def answers(count: int, right: float, seed: int) -> str:
 
 def row(task: str, given: str, chance: float = 0.25) -> dict:
     share = given.count("1") / len(given)
-    return {"task": task, "answers": given, "chance": chance, "value": share, "standard_error": 0.02,
+    return {"task": task, "answers": given, "chance": chance, "value": share, "standard_error": 0.02, "items": len(given),
             "capability": capability_of(task)}  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_a_row_beside_the_dense_one_has_it_all():
 def test_a_metric_that_is_no_yes_or_no_is_not_measurable():
     continuous = row("squad", "10") | {"answers": None}
     found = beside(continuous, continuous)
-    assert found["ability"] == "not measurable" and "lost" not in found
+    assert found["ability"] == "not counted by items" and "lost" not in found
 
 
 @pytest.mark.parametrize(
@@ -94,21 +94,19 @@ def test_the_capability_that_lost_most_is_named_and_uncovered_ones_are_said():
     rows = [
         beside(row("hellaswag", "1" * 150 + "0" * 50), row("hellaswag", dense)),
         beside(row("arc_easy", "1" * 100 + "0" * 100), row("arc_easy", dense)),
-        beside(row("arc_challenge", "1" * 160 + "0" * 40), row("arc_challenge", dense)),
+        beside(row("arc_challenge", "1" * 80 + "0" * 20), row("arc_challenge", "1" * 80 + "0" * 20)),
+        beside(row("sciq", "10" * 50, 0.5), row("sciq", "01" * 50, 0.5)),
         beside(row("copa", "10" * 100, 0.5), row("copa", "01" * 100, 0.5)),
         {"task": "mmlu", "capability": "knowledge", "group": True, "answers": None},
     ]
     groups = {group["capability"]: group for group in capabilities(rows)}
     assert groups["language"]["ability_kept"] == pytest.approx(0.5 / 0.55)
-    assert groups["knowledge"]["ability_kept"] == pytest.approx((0.25 / 0.55 + 1) / 2)
-    assert groups["knowledge"]["tasks"] == ["arc_easy", "arc_challenge"]
+    assert groups["knowledge"]["ability_kept"] == pytest.approx((200 * 0.25 / 0.55 + 100) / 300)
+    assert groups["knowledge"]["tasks"] == ["arc_easy", "arc_challenge", "sciq"]
+    assert groups["knowledge"]["measurable"] == ["arc_easy", "arc_challenge"]
     assert groups["reasoning"]["status"] == "not measurable"
-    assert groups["code"] == {
-        "capability": "code",
-        "tasks": [],
-        "ability_kept": None,
-        "status": "not measured",
-    }
+    assert groups["code"]["status"] == "not measured" and groups["code"]["tasks"] == []
     assert lost_most([*groups.values()]) == "knowledge"
     assert lost_most(capabilities([row("hellaswag", dense)])) is None
+    assert lost_most(capabilities([beside(row("hellaswag", dense), row("hellaswag", dense))])) is None
     assert capabilities([row("hellaswag", dense)])[0]["status"] == "not measured"

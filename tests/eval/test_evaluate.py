@@ -140,9 +140,36 @@ def test_results_are_written_whole_beside_nothing_else(model, text, tmp_path):
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == found
 
 
-def test_no_folder_to_write_to_is_said_before_anything_is_measured(model, text, tmp_path):
-    with pytest.raises(UserError, match="there is no folder .*absent; make it first"):
-        evaluate(model, text, context=16, out=tmp_path / "absent" / "eval.json")
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("absent/eval.json", "absent, which is no folder; make it first"),
+        ("", "is a folder; name a file in it"),
+    ],
+)
+def test_a_place_that_holds_no_file_is_refused_before_anything_is_measured(
+    model, text, tmp_path, out, message
+):
+    with pytest.raises(UserError, match=message):
+        evaluate(model, text, context=16, out=tmp_path / out, progress=pytest.fail)
+
+
+def test_halves_of_characters_in_json_do_not_end_the_run(model, tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"text": "w1 w2 \\ud83d w3 w4 w5 w6 w7 w8"}\n')
+    (found,) = evaluate(model, str(tmp_path / "half.jsonl"), context=8, device="cpu")["sources"]
+    assert found["tokens"] == 7
+
+
+def test_a_perplexity_beyond_any_number_is_shown(model, text):
+    from rich.console import Console
+
+    from llmsparse.eval.show import show
+
+    found = evaluate(model, text, context=16, windows=2, device="cpu")
+    found["sources"][0] |= {"word_perplexity": math.inf, "word_standard_error": math.nan}
+    console = Console(record=True, width=160)
+    console.print(show(found))
+    assert "not finite" in console.export_text()
 
 
 def test_nan_outputs_name_the_first_layer_and_write_nothing(model, text, tmp_path):
@@ -191,6 +218,7 @@ def test_an_incomplete_checkpoint_is_refused_and_not_filled_with_noise(model, te
         ({"context": 32, "windows": 4}, "the text has 100 tokens, and 128 are needed for 4 windows"),
         ({"context": 16, "windows": 0}, "--windows 0: it starts at 1"),
         ({"context": 16, "batch_size": 0}, "--batch-size 0: it starts at 1"),
+        ({"context": 16, "generate": -1}, "--generate -1: name how many texts to continue"),
         ({"context": 16, "limit": 0}, "--limit 0: it starts at 1"),
         ({"context": 16, "dtype": "int3"}, "--dtype int3 is unknown"),
         ({"context": 16, "device": "toaster"}, "--device toaster"),

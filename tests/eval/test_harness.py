@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 from llmsparse.errors import UserError
 from tests.tiny import FAMILIES, VOCAB, save_tiny
 from tests.tiny import tokenizer as tiny_tokenizer
+from tests.tokenizers_tiny import word_tokenizer
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed (pip install 'llmsparse[eval]')"
@@ -113,6 +114,39 @@ def test_a_request_longer_than_the_model_loses_its_beginning_as_in_the_harness(t
     requests = [SimpleNamespace(args=("abcdefgh" * 30, " " + choice)) for choice in ("ab", "ba")]
     plain, found, _ = answers(model, tiny_tokenizer(), requests)
     assert_equal(plain, found)
+
+
+def test_a_context_without_tokens_begins_as_an_empty_one_does(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path / "llama")).eval()
+    plain = word_tokenizer()  # adds no BOS
+    requests = [SimpleNamespace(args=(context, " w1 w2")) for context in ("", " ", "\n")]
+    runner = SharedPrefixLM(model, plain, batch_tokens=256, name="tiny")
+    first, *others = runner.loglikelihood(requests)
+    assert others == [first, first]
+    ids = torch.tensor([plain("<s> w1 w2")["input_ids"]])
+    logs = model(ids).logits[0].log_softmax(-1)
+    assert first[0] == pytest.approx((logs[0, ids[0, 1]] + logs[1, ids[0, 2]]).item(), abs=1e-4)
+
+
+def test_long_contexts_share_too_when_their_choices_are_short(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path / "llama")).eval()
+    read = []
+    model.model.register_forward_hook(
+        lambda _, __, options, ___: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    requests = [SimpleNamespace(args=("abcdefgh" * 12, f" {letter}")) for letter in "abcd"]
+    SharedPrefixLM(model, tiny_tokenizer(), batch_tokens=16, name="tiny").loglikelihood(requests)
+    assert sum(read) < 150
+
+
+def test_layers_that_a_mask_does_not_reach_are_never_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ATTENTION", {"sliding_attention"})
+    save_tiny("qwen3", tmp_path / "qwen3")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3").eval()
+    assert set(model.config.layer_types) == {"full_attention"}
+    runner = SharedPrefixLM(model, tiny_tokenizer(), batch_tokens=256, name="tiny")
+    runner.loglikelihood(items(3))
+    assert runner.shares is False
 
 
 def test_a_continuation_longer_than_the_model_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmsparse.errors import UserError
+from llmsparse.eval import windows as windows_module
 from llmsparse.eval.windows import bos_rule, cut_windows
 from tests.tiny import tokenizer as byte_tokenizer
 from tests.tokenizers_tiny import BOS, word_tokenizer
@@ -22,11 +23,9 @@ def test_bos_starts_every_window_iff_the_tokenizer_adds_it():
 
 
 def test_the_rule_is_said_in_words():
-    assert bos_rule(word_tokenizer(bos=True), 5) == (
-        "<s> starts every window, as the tokenizer adds it: then 4 text tokens"
-    )
-    assert bos_rule(word_tokenizer(), 5) == (
-        "the tokenizer adds no BOS: a window is 5 text tokens, all but the first predicted"
+    assert bos_rule(word_tokenizer(bos=True)) == "<s> starts every window, as the tokenizer adds it"
+    assert bos_rule(word_tokenizer()) == (
+        "none: the tokenizer adds none, and the first token of a window is not predicted"
     )
 
 
@@ -45,6 +44,19 @@ def test_strided_windows_score_each_token_once_and_in_order(bos, stride):
     covered = text if bos else text[1:]
     assert scored == covered[: len(scored)] and len(covered) - len(scored) < stride
     assert found.scored[1:].sum(1).unique().tolist() == [stride]
+
+
+def test_a_prefix_of_two_tokens_is_not_predicted(monkeypatch):
+    monkeypatch.setattr(windows_module, "window_prefix", lambda _: [BOS, 1])
+    for stride in (None, 2):
+        found = cut_windows(TEXT, word_tokenizer(), 6, stride=stride)
+        assert found.ids[:, :2].tolist() == [[BOS, 1]] * len(found.ids)
+        assert (
+            found.ids[:, 1:][found.scored].tolist()
+            == word_tokenizer()(TEXT)["input_ids"][: found.scored.sum()]
+        )
+        assert found.words.shape == found.scored.shape
+        assert (found.words * found.scored).sum() == found.scored.sum()
 
 
 def test_a_stride_of_a_whole_window_is_no_stride():

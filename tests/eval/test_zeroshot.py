@@ -131,7 +131,9 @@ def test_against_pairs_the_answers(folder, models):
     (row,) = found["tasks"]
     assert row["dense_answers"] == dense["answers"] and row["dense_value"] == dense["value"]
     assert row["gained"] - row["lost"] == row["answers"].count("1") - dense["answers"].count("1")
-    assert found["capabilities"][-1]["capability"] == "ungrouped" and "lost_most" in found
+    group = found["capabilities"][-1]
+    assert (group["capability"], group["tasks"], group["measurable"]) == ("ungrouped", ["pick"], ["pick"])
+    assert group["ability_kept"] == row["ability_kept"]["value"] < 1 and found["lost_most"] == "ungrouped"
 
 
 def test_a_limit_takes_the_first_items(folder, models):
@@ -144,6 +146,26 @@ def test_a_limit_takes_the_first_items(folder, models):
 def test_an_unknown_task_is_refused_before_the_model_is_read(folder, tmp_path, models):
     with pytest.raises(UserError, match="task 'pik' is unknown; did you mean pick"):
         evaluate(models[0], tasks="pik", task_data=folder)
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(folder, models, tmp_path):
+    import shutil
+
+    shutil.copytree(models[0], tmp_path / "model")
+    AutoTokenizer.from_pretrained(models[0]).save_pretrained(tmp_path / "model")
+    larger = AutoTokenizer.from_pretrained(models[0])
+    larger.add_tokens([f"token{i}" for i in range(5)])
+    larger.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="has 133 tokens, and its model a vocabulary of 128"):
+        evaluate(tmp_path / "model", tasks="pick", task_data=folder)
+
+
+def test_a_metric_on_a_scale_of_its_own_is_no_share():
+    from llmsparse.eval.zeroshot import unit_of
+
+    assert [unit_of(m) for m in ("acc_norm", "acc (strict)", "word_perplexity", "bleu")] == [
+        "share", "share", "score", "score",
+    ]  # fmt: skip
 
 
 def test_smollm2_on_real_items_is_above_chance(smollm2, data_folder):

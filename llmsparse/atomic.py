@@ -1,0 +1,36 @@
+"""Text files that appear whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from llmsparse.errors import UserError
+
+
+def check_place(file: str | Path | None) -> None:
+    """Refuse a place where no file can be written, before the work whose result it would hold."""
+    if file is None:
+        return
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise UserError(f"{file} is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{file} would lie in {path.parent}, which is no folder; make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{file} would lie in {path.parent}, where you may not write; choose another place")
+
+
+def write_whole(file: str | Path, text: str) -> None:
+    """``file`` appears whole or stays as it was."""
+    path = Path(file).expanduser()
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.absolute().parent, suffix=".tmp", delete=False, encoding="utf-8"
+    ) as new:
+        try:
+            new.write(text)
+            new.flush()
+            os.chmod(new.name, 0o644)
+            os.replace(new.name, path)
+        except BaseException:
+            os.unlink(new.name)
+            raise
