@@ -7,7 +7,7 @@ is there already is not measured again.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,30 +64,33 @@ def _measure(
 
 
 def table(measured: list[dict[str, Any]], name: str, folder: Path, source: str, options: Any) -> str:
-    """The model's rows as the README's markdown: score ± standard error, and the share of the ability kept."""
-    lines = [
-        f"| solver | pattern | {' | '.join(options.tasks)} | lost most |",
-        "|---" * (3 + len(options.tasks)) + "|",
-    ]
+    """The model's rows as the README's markdown: scores ± standard error, then the ability kept."""
+    scores, kept = [_head(options.tasks)], [_head([*options.tasks, "lost most"])]
     dense: list[dict[str, Any] | None] = []
     for solver, pattern in models.methods(options):
         wanted = models.identity(name, folder, solver, pattern, source, options) | {"limit": options.limit}
         found = [find(measured, {**wanted, "task": task}) for task in options.tasks]
         dense = dense or found
-        pairs = [
-            beside(row, other) if row and other else None for row, other in zip(found, dense, strict=True)
-        ]
-        most = lost_most(capabilities([row for row in pairs if row])) if solver != "dense" else None
-        cells = [_cell(row, solver) for row in pairs]
-        lines.append(f"| {solver} | {pattern} | {' | '.join(cells)} | {most or ''} |")
-    return "\n".join(lines)
+        scores.append(_line(solver, pattern, map(_score, found)))
+        pairs = [beside(row, other) for row, other in zip(found, dense, strict=True) if row and other]
+        if solver != "dense" and len(pairs) == len(options.tasks):
+            most = lost_most(capabilities(pairs)) or "nothing"
+            kept.append(_line(solver, pattern, [*(row["ability"] for row in pairs), most]))
+    return "\n".join(
+        [*scores, "", "Share of the dense model's ability above chance that is kept:", "", *kept]
+    )
 
 
-def _cell(row: dict[str, Any] | None, solver: str) -> str:
-    if row is None:
-        return "not yet measured"
-    score = with_error(row["value"], row["standard_error"], 100)
-    return score if solver == "dense" else f"{score}; {row['ability']}"
+def _head(columns: list[str]) -> str:
+    return f"| solver | pattern | {' | '.join(columns)} |\n" + "|---" * (2 + len(columns)) + "|"
+
+
+def _line(solver: str, pattern: str, cells: Iterable[str]) -> str:
+    return f"| {solver} | {pattern} | {' | '.join(cells)} |"
+
+
+def _score(row: dict[str, Any] | None) -> str:
+    return with_error(row["value"], row["standard_error"], 100) if row else "not yet measured"
 
 
 if __name__ == "__main__":

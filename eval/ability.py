@@ -65,10 +65,16 @@ def beside(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
         "gained": gained,
         "dense_answers": dense["answers"],
         "ability_kept": kept,
-        "ability": "not measurable"
-        if kept is None
-        else f"{kept['value']:.0%} ({kept['low']:.0%} to {kept['high']:.0%})",
+        "ability": "not measurable" if kept is None else _said(kept),
     }
+
+
+def _said(kept: dict[str, float]) -> str:
+    """``71 % (60 to 83)``; an interval has no end where the dense model may be no better than chance."""
+    low, high = (
+        f"{100 * kept[end]:.0f}" if np.isfinite(kept[end]) else "unbounded" for end in ("low", "high")
+    )
+    return f"{kept['value']:.0%} ({low} to {high})".replace("%", " %").replace("-", "−")
 
 
 def capabilities(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

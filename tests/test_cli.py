@@ -53,7 +53,7 @@ TASK = {
     "of": 2376, "data": "arc_easy.jsonl", "sha256": "cd" * 32,
 }
 PAIRED = {
-    "dense_value": 0.6, "dense_standard_error": 0.02, "lost": 70, "gained": 20, "ability": "71% (60% to 83%)",
+    "dense_value": 0.6, "dense_standard_error": 0.02, "lost": 70, "gained": 20, "ability": "71 % (60 to 83)",
 }
 CAPABILITIES = [
     {"capability": "knowledge", "tasks": ["arc_easy"], "measurable": ["arc_easy"], "ability_kept": 0.714,
@@ -321,7 +321,7 @@ def test_eval_shows_fidelity_tasks_capabilities_and_texts_beside_the_dense_model
         "60.0 ± 2.0 %",
         "500 of 2376",
         "70 / 20",
-        "71% (60% to 83%)",
+        "71 % (60 to 83)",
         "71% kept",
         "no task covers it",
         "lost most: knowledge",

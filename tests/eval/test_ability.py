@@ -54,12 +54,17 @@ def test_a_dense_model_near_chance_makes_it_not_measurable():
     assert ability_kept("0" * 50, "0" * 50, 0.0) is None
 
 
+def test_an_interval_without_an_end_says_so():
+    found = beside(row("copa", "1" * 55 + "0" * 45, 0.5), row("copa", "0" * 20 + "1" * 60 + "0" * 20, 0.5))
+    assert found["ability"].startswith("50 % (−") and found["ability"].endswith(" to unbounded)")
+
+
 def test_a_row_beside_the_dense_one_has_it_all():
     dense = "1" * 80 + "0" * 20
     found = beside(row("arc_easy", "1" * 50 + "0" * 45 + "1" * 5), row("arc_easy", dense))
     assert (found["lost"], found["gained"]) == (30, 5)
     assert found["dense_value"] == 0.8 and found["dense_answers"] == dense
-    assert found["ability"].startswith("55% (") and found["ability_kept"]["value"] == pytest.approx(
+    assert found["ability"].startswith("55 % (") and found["ability_kept"]["value"] == pytest.approx(
         0.3 / 0.55
     )
 
