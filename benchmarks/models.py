@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ IDENTITY = (
     "seed",
 )
 AS_ASKED = ("solver", "samples", "sequence_length", "seed")  # what the report of a kept model must agree in
+
+Wanted = Callable[[str, Path, str, str, str, Any], list[dict[str, Any]]]
 
 _hashes: dict[Path, str] = {}
 
@@ -53,6 +55,27 @@ def named(argument: str) -> tuple[str, Path]:
 def methods(options: Any) -> list[tuple[str, str]]:
     """(solver, pattern) in the order of the README: dense, then pattern by pattern."""
     return [("dense", ""), *((solver, pattern) for pattern in options.patterns for solver in options.solvers)]
+
+
+def measure(
+    options: Any,
+    wanted: Wanted,
+    find: Callable[..., Any],
+    figures: Callable[..., Any],
+    table: Callable[..., str],
+) -> None:
+    """Measure what ``find`` does not find in the results, row by row, and print each model's ``table``.
+
+    ``wanted(name, folder, solver, pattern, source, options)``: what identifies each row of one pruned model.
+    """
+    file, source = Path(options.results), options.calibration or rows.calibration_text()
+    for name, folder in map(named, options.models):
+        for solver, pattern in methods(options):
+            asked = wanted(name, folder, solver, pattern, source, options)
+            missing = [row for row in asked if find(rows.read(file), row) is None]
+            for row in figures(folder, source, missing, options) if missing else ():
+                rows.append(file, row)
+        print(f"\n{name}\n\n{table(rows.read(file), name, folder, source, options)}")
 
 
 def identity(name: str, folder: Path, solver: str, pattern: str, source: str, options: Any) -> dict[str, Any]:

@@ -19,17 +19,7 @@ FIGURES = ("perplexity", "standard_error", "tokens", "windows", "bos", "dtype", 
 
 
 def main() -> None:
-    options = _parse()
-    file = Path(options.results)
-    source = options.calibration or rows.calibration_text()
-    for name, folder in map(models.named, options.models):
-        for solver, pattern in models.methods(options):
-            wanted = [_wanted(name, folder, solver, pattern, source, c, options) for c in options.contexts]
-            missing = [row for row in wanted if find(rows.read(file), row) is None]
-            if missing:
-                for row in _measure(folder, source, missing, options):
-                    rows.append(file, row)
-        print(f"\n{name}\n\n{table(rows.read(file), name, folder, source, options)}")
+    models.measure(_parse(), _wanted, find, _measure, table)
 
 
 def _parse() -> argparse.Namespace:
@@ -48,14 +38,14 @@ def _parse() -> argparse.Namespace:
 
 
 def _wanted(
-    name: str, folder: Path, solver: str, pattern: str, source: str, context: int, options: Any
-) -> dict[str, Any]:
-    """What identifies a figure: a row that agrees in all of it is not measured again."""
-    return models.identity(name, folder, solver, pattern, source, options) | {
-        "context": context,
-        "windows_asked": options.windows_512 if context == 512 else options.windows_2048,
-        "data": rows.public(options.data),
+    name: str, folder: Path, solver: str, pattern: str, source: str, options: Any
+) -> list[dict[str, Any]]:
+    """What identifies each figure, a context each: a row that agrees in all of it is not measured again."""
+    model = models.identity(name, folder, solver, pattern, source, options) | {
+        "data": rows.public(options.data)
     }
+    asked = {512: options.windows_512, 2048: options.windows_2048}
+    return [{**model, "context": context, "windows_asked": asked[context]} for context in options.contexts]
 
 
 def find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -90,7 +80,7 @@ def table(measured: list[dict[str, Any]], name: str, folder: Path, source: str, 
     headings = [_heading(context, options) for context in options.contexts]
     lines = [f"| solver | pattern | {' | '.join(headings)} |", "|---|---|" + "---|" * len(headings)]
     for solver, pattern in models.methods(options):
-        wanted = [_wanted(name, folder, solver, pattern, source, c, options) for c in options.contexts]
+        wanted = _wanted(name, folder, solver, pattern, source, options)
         cells = [_cell(find(measured, row)) for row in wanted]
         lines.append(f"| {solver} | {pattern} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -6,13 +6,13 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmsparse.atomic import write_whole
 from llmsparse.report import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +26,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 def append(file: Path, row: dict[str, Any]) -> None:
     """Add ``row`` to ``file``, which is never half written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
-        new.write(json.dumps([*read(file), row], indent=1, ensure_ascii=False) + "\n")
-    os.chmod(new.name, 0o644)
-    os.replace(new.name, file)
+    write_whole(file, json.dumps([*read(file), row], indent=1, ensure_ascii=False) + "\n")
 
 
 def provenance(*files: str | Path) -> dict[str, Any]:

@@ -22,18 +22,7 @@ FACTS = ("dtype", "device", "shared_prefixes")
 
 
 def main() -> None:
-    options = _parse()
-    file = Path(options.results)
-    source = options.calibration or rows.calibration_text()
-    for name, folder in map(models.named, options.models):
-        for solver, pattern in models.methods(options):
-            wanted = models.identity(name, folder, solver, pattern, source, options)
-            wanted |= {"limit": options.limit}
-            missing = [t for t in options.tasks if find(rows.read(file), {**wanted, "task": t}) is None]
-            if missing:
-                for row in _measure(folder, source, wanted, missing, options):
-                    rows.append(file, row)
-        print(f"\n{name}\n\n{table(rows.read(file), name, folder, source, options)}")
+    models.measure(_parse(), _wanted, find, _measure, table)
 
 
 def _parse() -> argparse.Namespace:
@@ -47,19 +36,28 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _wanted(
+    name: str, folder: Path, solver: str, pattern: str, source: str, options: Any
+) -> list[dict[str, Any]]:
+    """What identifies each row, a task each."""
+    model = models.identity(name, folder, solver, pattern, source, options) | {"limit": options.limit}
+    return [{**model, "task": task} for task in options.tasks]
+
+
 def find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The latest row that ``wanted`` identifies."""
     return next((r for r in reversed(measured) if all(r.get(k) == wanted[k] for k in KEY)), None)
 
 
 def _measure(
-    folder: Path, source: str, wanted: dict[str, Any], tasks: list[str], options: Any
+    folder: Path, source: str, missing: list[dict[str, Any]], options: Any
 ) -> Iterator[dict[str, Any]]:
-    with models.pruned(folder, source, wanted, options) as (model, facts):
-        models.say(wanted, f"scoring {', '.join(tasks)}")
-        found = evaluate(model, tasks=",".join(tasks), limit=options.limit, device=options.device)
+    tasks = ",".join(row["task"] for row in missing)
+    with models.pruned(folder, source, missing[0], options) as (model, facts):
+        models.say(missing[0], f"scoring {tasks}")
+        found = evaluate(model, tasks=tasks, limit=options.limit, device=options.device)
     facts |= {key: found[key] for key in FACTS} | {"seconds_all_tasks": found["seconds"]["tasks"]}
-    for row in found["tasks"]:
+    for wanted, row in zip(missing, found["tasks"], strict=True):
         yield {**wanted, **row, **facts, **rows.provenance(source)}
 
 
@@ -68,8 +66,7 @@ def table(measured: list[dict[str, Any]], name: str, folder: Path, source: str, 
     scores, kept = [_head(options.tasks)], [_head([*options.tasks, "lost most"])]
     dense: list[dict[str, Any] | None] = []
     for solver, pattern in models.methods(options):
-        wanted = models.identity(name, folder, solver, pattern, source, options) | {"limit": options.limit}
-        found = [find(measured, {**wanted, "task": task}) for task in options.tasks]
+        found = [find(measured, row) for row in _wanted(name, folder, solver, pattern, source, options)]
         dense = dense or found
         scores.append(_line(solver, pattern, map(_score, found)))
         pairs = [beside(row, other) for row, other in zip(found, dense, strict=True) if row and other]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from llmsparse.eval.text import Source, load_sources
 from llmsparse.eval.windows import Windows, bos_rule, cut_windows
 from llmsparse.progress import Quiet
 from llmsparse.report import finite, versions
+from llmsparse.runs import KIND
 
-KIND = "llmsparse eval"  # how a file of results is recognised
 TASK_TOKENS = 512  # of task items in a forward pass, times batch_size; on a CPU 2,048 were 10 % slower
 
 
@@ -106,7 +107,7 @@ def evaluate(
         "bos": bos_rule(tokenizer),
         "dtype": str(used).removeprefix("torch."),
         "device": str(where),
-        "versions": versions(),
+        "versions": versions() | ({"lm_eval": version("lm_eval")} if wanted else {}),
         "seconds": seconds,
     }
     if texts:
@@ -142,13 +143,14 @@ def _perplexity(
     sparse, *dense = [forward_of(model, ids[:1]) for model in models]
     progress.start(source.name, len(ids))
     found: list[torch.Tensor] = []
+    counts = windows.scored.sum(1)
     for batch, first in zip(ids.split(batch_size), windows.first.split(batch_size), strict=True):
         scores = window_scores(sparse, dense[0] if dense else None, batch, first)
         for model, name, kind in zip(models, names, (NLL, DENSE_NLL), strict=False):
             refuse_nan(scores[kind], model, batch, name)
         found.append(scores)
         done = torch.cat([part[NLL].sum(1) for part in found])
-        detail = f"perplexity {perplexity(done, windows.scored.sum(1)[: len(done)])[0]:.2f}"
+        detail = f"perplexity {perplexity(done, counts[: len(done)])[0]:.2f}"
         for _ in batch:
             progress.advance(source.name, detail)
     scores = torch.cat(found, dim=1)

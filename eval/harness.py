@@ -63,15 +63,15 @@ class SharedPrefixLM(HFLM):
             )
         context = context or [
             self.prefix_token_id
-        ]  # a blank context that became no token, as for an empty one
+        ]  # a blank one became no token; the harness's for an empty one
         tokens = (context + continuation)[-(self.max_length + 1) :]
         return Path(number, tokens[:-1], continuation)
 
     def _batches(self, paths: list[Path]) -> list[list[Row]]:
         """Rows whose branches a mask keeps apart, and rows that are plain sequences."""
-        plain, masked = [], []
+        plain, masked, window = [], [], self._window()
         for row in share(paths, self.batch_tokens):
-            fits = max(len(path.inputs) for path in row.paths) <= self._window()
+            fits = max(len(path.inputs) for path in row.paths) <= window
             if row.branches > 1 and fits and self.shares is None:
                 self.shares = self._keeps_apart(row)
             if row.branches <= 1:

@@ -86,7 +86,8 @@ def _tasks(tasks: list[Row], against: bool) -> Table:
         score = _figure if t.get("unit") == "score" else _share
         row = [t["task"], t["metric"] or "-", score(t["value"], t["standard_error"])]
         whole = t.get("items") is not None
-        row += [_share(t["chance"]), f"{t['items']} of {t['of']}"] if whole else ["-", "-"]
+        row += [_share(t["chance"]) if score is _share else "-"] if whole else ["-"]
+        row += [f"{t['items']} of {t['of']}" if whole else "-"]
         if against:
             row += [
                 score(t["dense_value"], t["dense_standard_error"]),

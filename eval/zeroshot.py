@@ -9,16 +9,7 @@ from llmsparse.eval.ability import capability_of
 from llmsparse.eval.tasksource import TaskSource
 
 PREFERRED = ("acc_norm", "acc", "exact_match")  # the metric that stands for a task that reports several
-SHARES = {
-    *PREFERRED,
-    "acc_bytes",
-    "acc_mutual_info",
-    "acc_all",
-    "em",
-    "f1",
-    "mcc",
-    "brier_score",
-}  # of 0 to 1
+SHARES = {*PREFERRED, "acc_bytes", "acc_mutual_info", "acc_all", "em", "f1"}  # of the items, more is better
 BOOTSTRAPS = 1000  # resamples for the metrics whose standard error has no formula
 
 
@@ -59,7 +50,7 @@ def _no_bars() -> Iterator[None]:
 def _row(name: str, found: Any, source: TaskSource | None) -> dict[str, Any]:
     samples, sizes = found["samples"][name], found["n-samples"][name]
     metrics = _metrics(found["results"][name])
-    metric = next((m for m in PREFERRED if m in metrics), next(iter(metrics)))
+    metric = _preferred(metrics)
     right = [sample.get(metric) for sample in samples if sample["filter"] == samples[0]["filter"]]
     chances = [1 / len(sample["resps"]) if len(sample["resps"]) > 1 else 0.0 for sample in samples]
     return {
@@ -86,14 +77,23 @@ def unit_of(metric: str) -> str:
 
 def _group(name: str, found: Any) -> dict[str, Any]:
     metrics = _metrics(found["results"][name])
-    if not metrics:
-        return {"task": name, "metric": None, "value": None, "standard_error": None, "answers": None,
-                "capability": capability_of(name), "group": True}  # fmt: skip
-    metric = next((m for m in PREFERRED if m in metrics), next(iter(metrics)))
-    value, error = metrics[metric]
-    return {"task": name, "metric": metric, "value": value, "standard_error": error,
-            "unit": unit_of(metric), "metrics": metrics,
-            "answers": None, "capability": capability_of(name), "group": True}  # fmt: skip
+    metric = _preferred(metrics) if metrics else None
+    value, error = metrics[metric] if metric else (None, None)
+    return {
+        "task": name,
+        "metric": metric,
+        "value": value,
+        "standard_error": error,
+        "unit": unit_of(metric or PREFERRED[0]),
+        "metrics": metrics,
+        "answers": None,
+        "capability": capability_of(name),
+        "group": True,
+    }
+
+
+def _preferred(metrics: dict[str, tuple[float, float | None]]) -> str:
+    return next((metric for metric in PREFERRED if metric in metrics), next(iter(metrics)))
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, tuple[float, float | None]]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmsparse.errors import UserError
+from llmsparse.eval.ability import flips as count_flips
 from llmsparse.figures import byte_size, percent, with_error
 from llmsparse.measures import Key, Measure, labels, measures
 from llmsparse.runs import Run, load_runs
@@ -83,10 +84,9 @@ def flips(first: Run, run: Run, names: dict[Key, str]) -> Iterator[Row]:
         if key not in others or not _same_items(others[key].row, measure.row):
             continue
         before, after = others[key].row["answers"], measure.row["answers"]
-        pairs = list(zip(before, after, strict=True))
-        lost, gained = pairs.count(("1", "0")), pairs.count(("0", "1"))
+        lost, gained = count_flips(after, before)
         both = {"run": run.name, "against": first.name, "task": names[key]}
-        yield {**both, "lost": lost, "gained": gained, "items": len(pairs)}
+        yield {**both, "lost": lost, "gained": gained, "items": len(after)}
 
 
 def _same_items(one: Row, other: Row) -> bool:

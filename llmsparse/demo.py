@@ -14,6 +14,7 @@ from rich.table import Table
 
 from llmsparse.errors import UserError
 from llmsparse.gguf_checkpoint import SMOLLM2_NAME, smollm2
+from llmsparse.runs import sparsity
 
 SOLVERS = ("magnitude", "wanda", "sparsegpt")
 PATTERNS = ("50%", "2:4")
@@ -50,9 +51,9 @@ def demo(
             for solver in SOLVERS:
                 out = folder / f"{solver}-{pattern.replace('%', 'pc').replace(':', 'of')}"
                 started = time.perf_counter()
-                sparsity = _prune(dense, out, solver, pattern, calibrate, progress)
+                zeros = _prune(dense, out, solver, pattern, calibrate, progress)
                 seconds = time.perf_counter() - started
-                rows.append(_row(solver, pattern, sparsity, seconds, _evaluate(out, measure)))
+                rows.append(_row(solver, pattern, zeros, seconds, _evaluate(out, measure)))
                 if not keep:
                     shutil.rmtree(out)
     return {
@@ -118,8 +119,7 @@ def _prune(
     if progress is not None:
         progress.message(f"{solver} {pattern}")
     weights = prune(dense, out, solver=solver, pattern=[pattern], progress=progress, **options)["weights"]
-    sizes = [math.prod(weight["shape"]) for weight in weights]
-    return sum(weight["sparsity"] * size for weight, size in zip(weights, sizes, strict=True)) / sum(sizes)
+    return sparsity(weights) or 0.0
 
 
 def _evaluate(model: str | Path, options: dict[str, Any]) -> dict[str, Any]:

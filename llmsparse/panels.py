@@ -1,6 +1,7 @@
 """Which plots a report shows, and the runs' figures that go into each."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -67,7 +68,10 @@ def ability(runs: Sequence[Run], looks: Looks, labels: dict[Key, str]) -> Figure
             measure = measures(run).get(key)
             kept = measure.row.get("ability_kept") if measure else None
             if kept:
-                found.append((looks[run.name], *(100 * kept[end] for end in ("value", "low", "high"))))
+                ends = (
+                    math.inf if kept[end] is None else 100 * kept[end] for end in ("value", "low", "high")
+                )
+                found.append((looks[run.name], *ends))
                 said[f"{label}, {run.name}"] = percent(kept["value"], 0)
         if found:
             rows.append((label, found))

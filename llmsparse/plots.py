@@ -225,7 +225,12 @@ def scatter(
 def intervals(
     rows: Sequence[tuple[str, Sequence[tuple[Look, float, float, float]]]], *, x: str, level: float, alt: str
 ) -> str:
-    """For each row (such as a task) each run's value between its low and high end; a line at ``level``."""
+    """For each row (such as a task) each run's value between its low and high end; a line at ``level``.
+
+    An interval whose high end is infinite runs a little beyond all others, into an arrow.
+    """
+    known = [end for _, found in rows for _, *ends in found for end in ends if math.isfinite(end)]
+    beyond = max([level, *known]) + 0.08 * (max([level, *known]) - min([level, *known]))
     most = max((len(found) for _, found in rows), default=1)
     pitch = 12 * most + 12
     figure, axes = _figure(58 + pitch * len(rows))
@@ -233,6 +238,9 @@ def intervals(
         for j, (look, value, low, high) in enumerate(found):
             place = i + (j - (len(found) - 1) / 2) * 12 / pitch
             colour = COLOURS[look.colour]
+            if not math.isfinite(high):
+                high = beyond
+                axes.plot(high, place, marker=">", markersize=6, color=colour)
             axes.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
             axes.plot(value, place, marker=MARKERS[look.marker], markersize=8, color=colour)
     axes.axvline(level, color=QUIET, linewidth=1, linestyle=(0, (3, 2)), zorder=1.2)

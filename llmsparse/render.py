@@ -1,6 +1,5 @@
 """What each command's result looks like on a terminal."""
 
-import math
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmsparse.figures import byte_size, duration
+from llmsparse.runs import sparsity
 
 Row = dict[str, Any]
 
@@ -19,7 +19,7 @@ def prune(report: Row) -> RenderableType:
     """A line for each kind of weight, then coverage, cost, place, and what to do next."""
     seconds, peak = report["seconds"], report["peak_memory"]
     lines = [
-        f"{_coverage(report['coverage'])}; {_zeros(report['weights']):.2%} of them are zero",
+        f"{_coverage(report['coverage'])}; {sparsity(report['weights']) or 0:.2%} of them are zero",
         f"{duration(sum(seconds.values()))} ({', '.join(f'{k} {duration(v)}' for k, v in seconds.items())}), "
         f"peak memory {byte_size(max(peak.values(), default=0))}",
         *(f"warning: {text}" for text in report.get("warnings", ())),
@@ -141,12 +141,6 @@ def _coverage(coverage: Row) -> str:
         f"pruned weights hold {pruned:,} parameters: {pruned / max(linear, 1):.1%} of all linear, "
         f"{pruned / max(everything, 1):.1%} of all parameters"
     )
-
-
-def _zeros(weights: list[Row]) -> float:
-    sizes = [math.prod(w["shape"]) for w in weights]
-    zeros = sum(w["sparsity"] * size for w, size in zip(weights, sizes, strict=True))
-    return zeros / max(sum(sizes), 1)
 
 
 def _range(values: Iterable[float | None], form: str) -> str:

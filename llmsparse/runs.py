@@ -12,7 +12,7 @@ from typing import Any
 from llmsparse.errors import UserError, first_line
 
 Row = dict[str, Any]
-KIND = "llmsparse eval"
+KIND = "llmsparse eval"  # how a file of results is recognised
 CONDITIONS = ("context", "stride", "bos", "dtype", "device")  # of a whole evaluation, repeated in its rows
 STATUSES = ("not measured", "not measurable", "measured")  # the later says more
 

@@ -1,15 +1,22 @@
 """Scores of local tasks against a plain loop over the model's own logits."""
 
+import io
 import json
 import math
 import random
 
+import datasets
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmsparse.compare import compare
 from llmsparse.errors import UserError
+from llmsparse.eval import ability
 from llmsparse.eval.evaluate import evaluate
+from llmsparse.eval.show import show
+from llmsparse.page import report
 from tests.tiny import save_tiny
 
 pytest.importorskip(
@@ -134,6 +141,40 @@ def test_against_pairs_the_answers(folder, models):
     group = found["capabilities"][-1]
     assert (group["capability"], group["tasks"], group["measurable"]) == ("ungrouped", ["pick"], ["pick"])
     assert group["ability_kept"] == row["ability_kept"]["value"] < 1 and found["lost_most"] == "ungrouped"
+
+
+def test_results_as_they_are_written_are_read_by_report_and_compare(folder, models, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    options = {"context": 32, "windows": 3, "generate": 2, "task_data": folder, "device": "cpu"}
+    options |= {"data": str(tmp_path / "text.txt"), "against": models[1]}
+    monkeypatch.setattr(ability, "ability_kept", lambda *_: {"value": 0.5, "low": -1.0, "high": math.inf})
+    evaluate(models[0], tasks="pick,coref", out=tmp_path / "eval.json", **options)
+    assert json.loads((tmp_path / "eval.json").read_text())["tasks"][0]["ability_kept"]["high"] is None
+    run = f"sparse={tmp_path / 'eval.json'}"
+    report((run,), html=tmp_path / "page.html", markdown=tmp_path / "page.md")
+    page = (tmp_path / "page.html").read_text()
+    for expected in ("pick", "coref", "KL divergence", "Greedy continuations", "Ability kept, by task"):
+        assert expected in page
+    found = compare((run, f"other={tmp_path / 'eval.json'}"))
+    assert found["warnings"] == [] and [flip["lost"] for flip in found["flips"]] == [0, 0]
+    assert "lm_eval" in json.loads((tmp_path / "eval.json").read_text())["versions"]
+
+
+def test_a_group_of_the_harness_has_its_tasks_and_its_own_figure(models, monkeypatch):
+    rows = [
+        {"question": "abc", "choices": ["a", "b", "c", "d"], "answer": i % 4, "subject": "x"}
+        for i in range(8)
+    ]
+    whole = datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s in ("test", "dev", "validation")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: whole)
+    monkeypatch.delenv("LLMSPARSE_DATA", raising=False)
+    found = evaluate(models[0], tasks="mmlu_stem", against=models[1], device="cpu")
+    *tasks, group = found["tasks"]
+    assert len(tasks) > 10 and all(row["capability"] == "knowledge" and row["items"] == 8 for row in tasks)
+    assert (group["task"], group["group"], group["metric"]) == ("mmlu_stem", True, "acc")
+    assert group["value"] == pytest.approx(sum(row["value"] for row in tasks) / len(tasks))
+    assert group["capability"] == "knowledge" and "dense_value" in group
+    Console(file=io.StringIO()).print(show(found))
 
 
 def test_a_limit_takes_the_first_items(folder, models):
