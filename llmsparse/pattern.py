@@ -130,6 +130,28 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
+@dataclass(frozen=True)
+class Existing:
+    """The zeros that a weight already has, where it has the ``sparsity`` of a pruned one; else nothing is pruned."""
+
+    sparsity: float = 0.2  # below it zeros are those that rounding made, and may get other values
+    width: ClassVar[None] = None
+
+    def select(self, score: Tensor) -> Tensor:
+        """Keep what scores above zero; everything where fewer than ``sparsity`` score zero."""
+        kept = score > 0
+        return (
+            kept if int(kept.count_nonzero()) <= (1 - self.sparsity) * kept.numel() else torch.ones_like(kept)
+        )
+
+    def allows(self, mask: Tensor) -> bool:
+        """Any mask may be what a weight already has."""
+        return True
+
+    def __str__(self) -> str:
+        return "as it is"
+
+
 def parse(text: str, scope: str | None = None) -> Unstructured | NM:
     """Read ``50%`` or ``n:m`` (n kept of m).
 

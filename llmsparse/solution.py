@@ -2,7 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from llmsparse.grid import Grid
 
 
 class Solution(NamedTuple):
@@ -13,3 +16,11 @@ class Solution(NamedTuple):
     codes: Tensor | None = None
     scales: Tensor | None = None
     notes: dict[str, Any] = {}
+
+
+def masked(weight: Tensor, mask: Tensor, grid: Grid | None) -> Solution:
+    """``weight`` (out, in) where ``mask`` is True, zero elsewhere; with ``grid`` rounded to the nearest."""
+    if grid is None:
+        return Solution(weight.masked_fill(~mask, 0.0), mask)
+    codes, scales = grid.nearest(weight.to(torch.promote_types(weight.dtype, torch.float32)), mask)
+    return Solution(grid.values(codes, scales).to(weight.dtype), mask, codes, scales)

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from llmsparse.grid import Grid
 from llmsparse.pattern import Pattern, Unstructured
-from llmsparse.solution import Solution
+from llmsparse.solution import Solution, masked
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,14 @@ class Magnitude:
 
     statistics: ClassVar[None] = None
 
-    def __call__(self, weight: Tensor, statistics: None, pattern: Pattern, grid: None = None) -> Solution:
+    def __call__(
+        self, weight: Tensor, statistics: None, pattern: Pattern, grid: Grid | None = None
+    ) -> Solution:
         """Prune ``weight`` (out, in); ``statistics`` is not used."""
         if isinstance(pattern, Unstructured):
             pattern = pattern.scoped("layer")
         mask = pattern.select(weight.abs())
-        return Solution(weight.masked_fill(~mask, 0.0), mask)
+        return masked(weight, mask, grid)
 
 
 solver = Magnitude

@@ -1,13 +1,17 @@
 """SparseGPT: optimal brain surgeon, column by column (Frantar & Alistarh, arXiv 2301.00774)."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmsparse.errors import UserError
-from llmsparse.pattern import Pattern, Unstructured, keep_largest
+from llmsparse.grid import Grid
+from llmsparse.joint import Joint
+from llmsparse.pattern import Existing, Pattern, Unstructured, keep_largest
 from llmsparse.solution import Solution
 from llmsparse.statistics import Gram
 
@@ -36,8 +40,18 @@ class SparseGPT:
                 f"sparsegpt's chunk must be at least 1 column; {self.chunk} was given, its default is 128"
             )
 
-    def __call__(self, weight: Tensor, statistics: Gram, pattern: Pattern, grid: None = None) -> Solution:
-        """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs."""
+    def __call__(
+        self, weight: Tensor, statistics: Gram, pattern: Pattern, grid: Grid | None = None
+    ) -> Solution:
+        """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs; with ``grid`` round each column as well.
+
+        Then the error that later columns absorb is that of both. A scale for whole rows is fitted to what the
+        sweep without rounding gives.
+        """
+        scales = None
+        if grid is not None and grid.group is None:
+            alone = self(weight, statistics, pattern)
+            scales = grid.fit(alone.weight.to(torch.promote_types(weight.dtype, torch.float32)), alone.mask)
         upper, damping, dead = statistics.factor(self.damping)
         upper = upper.to(weight.device)
         columns = weight.T.to(
@@ -45,17 +59,22 @@ class SparseGPT:
         ).contiguous()  # (in, out): a column of the weight is a row here
         columns[dead] = 0.0
         kept = torch.empty_like(columns, dtype=torch.bool)
-        step = max(self.chunk // pattern.width, 1) * pattern.width if pattern.width else self.chunk
+        joint = Joint(grid, columns.shape, upper.diagonal() ** -2, scales) if grid else None
+        # chunks begin and end where groups of weights do, of the pattern and of the grid
+        unit = math.lcm(pattern.width or 1, (grid.group or 1) if grid else 1)
+        step = max(self.chunk // unit, 1) * unit
+        known = pattern.select(weight.abs()) if isinstance(pattern, Existing) else None
         budgets = _budgets(pattern, columns, upper, step)
         for start in range(0, len(columns), step):
             end = min(start + step, len(columns))
-            choose = _chooser(pattern, budgets, start // step)
-            errors = _sweep(
-                columns[start:end], kept[start:end], upper[start:end, start:end], pattern.width, choose
-            )
+            choose = _chooser(pattern, budgets, start // step, None if known is None else known[:, start:end])
+            chunk = _Chunk(columns[start:end], kept[start:end], upper[start:end, start:end], choose, unit)
+            errors = chunk.sweep(pattern.width, joint and joint.begin(start))
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-        solved = torch.where(kept, columns, 0.0).T.to(weight.dtype)
-        return Solution(solved, kept.T.contiguous(), notes={"damping": damping})
+        mask, notes = kept.T.contiguous(), {"damping": damping}
+        if joint is not None:
+            return joint.solution(mask, weight.dtype, notes)
+        return Solution(torch.where(kept, columns, 0.0).T.to(weight.dtype), mask, notes=notes)
 
 
 def _budgets(
@@ -75,8 +94,10 @@ def _budgets(
     return [after - before for before, after in zip(totals, totals[1:], strict=False)]
 
 
-def _chooser(pattern: Pattern, budgets, chunk: int):  # noqa: ANN001, ANN202
+def _chooser(pattern: Pattern, budgets, chunk: int, known: Tensor | None):  # noqa: ANN001, ANN202
     """The function from scores (out, columns) to a mask of what is kept there."""
+    if known is not None:
+        return lambda scores: known
     if budgets is None:
         return pattern.select
 
@@ -88,33 +109,63 @@ def _chooser(pattern: Pattern, budgets, chunk: int):  # noqa: ANN001, ANN202
     return choose
 
 
-def _sweep(columns: Tensor, kept: Tensor, upper: Tensor, width: int | None, choose) -> Tensor:  # noqa: ANN001
-    """Fill ``kept`` (chunk, out) and update ``columns`` (chunk, out) where kept, with ``upper`` (chunk, chunk).
+class _Chunk(NamedTuple):
+    """Columns swept together: views that ``sweep`` fills and updates."""
 
-    Returns the errors (chunk, out); what is pruned keeps the value that it lost.
-    """
-    diagonal = upper.diagonal()[:, None]  # (chunk, 1)
-    errors = torch.zeros_like(columns)
-    # views, made once: indexing costs as much as the products
-    row, lost, factor = columns.unbind(), errors.unbind(), upper.unbind()
-    if width is None:
-        kept.copy_(choose((columns.square() / diagonal.square()).T.contiguous()).T)
-    inner = max(INNER // width, 1) * width if width else INNER
-    for start in range(0, len(columns), inner):
-        end = min(start + inner, len(columns))
-        for group in range(start, end, width or inner):
-            stop = min(group + (width or inner), end)
+    columns: Tensor  # (chunk, out), updated where kept; what is pruned keeps the value that it lost
+    kept: Tensor  # (chunk, out), filled
+    upper: Tensor  # (chunk, chunk)
+    choose: Callable[[Tensor], Tensor]
+    unit: int  # inner blocks begin at its multiples
+
+    def sweep(self, width: int | None, joint: Joint | None) -> Tensor:
+        """Choose, prune and round column by column; returns the errors (chunk, out)."""
+        columns, kept, upper = self.columns, self.kept, self.upper
+        errors = torch.zeros_like(columns)
+        if width is None:
+            kept.copy_(self._mask(slice(None)))
+        inner = max(INNER // self.unit, 1) * self.unit
+        for start in range(0, len(columns), inner):
+            end = min(start + inner, len(columns))
+            if joint:
+                self._inner_joint(range(start, end), errors, width, joint)
+            else:
+                self._inner(range(start, end), errors, width)
+            columns[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
+        return errors
+
+    def _mask(self, columns: slice) -> Tensor:
+        """What is kept of ``columns`` as they are now, (columns, out)."""
+        scores = self.columns[columns].square() / self.upper.diagonal()[columns, None].square()
+        return self.choose(scores.T.contiguous()).T
+
+    def _inner(self, block: range, errors: Tensor, width: int | None) -> None:
+        # views, made once: indexing costs as much as the products
+        row, lost, factor = self.columns.unbind(), errors.unbind(), self.upper.unbind()
+        diagonal = self.upper.diagonal()[:, None]
+        for group in block[:: width or len(block)]:
+            stop = min(group + (width or len(block)), block.stop)
             if width:
-                scores = columns[group:stop].square() / diagonal[group:stop].square()
-                kept[group:stop] = choose(scores.T.contiguous()).T
-            scale = (~kept[group:stop]).to(columns.dtype) / diagonal[
-                group:stop
-            ]  # 1/U_jj where pruned, else 0
+                self.kept[group:stop] = self._mask(slice(group, stop))
+            # 1/U_jj where pruned, else 0
+            scale = (~self.kept[group:stop]).to(self.columns.dtype) / diagonal[group:stop]
             for j in range(group, stop):
                 error = torch.mul(row[j], scale[j - group], out=lost[j])
-                columns[j + 1 : end].addr_(factor[j][j + 1 : end], error, alpha=-1)
-        columns[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
-    return errors
+                self.columns[j + 1 : block.stop].addr_(factor[j][j + 1 : block.stop], error, alpha=-1)
+
+    def _inner_joint(self, block: range, errors: Tensor, width: int | None, joint: Joint) -> None:
+        """The same with rounding: the error is that of both. A group's scales are fitted when the sweep arrives."""
+        row, lost, factor = self.columns.unbind(), errors.unbind(), self.upper.unbind()
+        inverse = self.upper.diagonal().reciprocal()
+        for j in block:
+            if joint.starts_group(j):
+                ahead = slice(j, min(j + joint.width, block.stop))
+                joint.fit(j, self.columns[ahead], self._mask(ahead) if width else self.kept[ahead])
+            if width and (j - block.start) % width == 0:
+                group = slice(j, j + width)
+                self.kept[group] = self._mask(group)
+            error = torch.sub(row[j], joint.round(j, row[j], self.kept[j]), out=lost[j]).mul_(inverse[j])
+            self.columns[j + 1 : block.stop].addr_(factor[j][j + 1 : block.stop], error, alpha=-1)
 
 
 solver = SparseGPT

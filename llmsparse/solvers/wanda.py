@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmsparse.grid import Grid
 from llmsparse.pattern import Pattern, Unstructured
-from llmsparse.solution import Solution
+from llmsparse.solution import Solution, masked
 from llmsparse.statistics import SquaredNorm
 
 
@@ -18,14 +19,14 @@ class Wanda:
     statistics: ClassVar[type[SquaredNorm]] = SquaredNorm
 
     def __call__(
-        self, weight: Tensor, statistics: SquaredNorm, pattern: Pattern, grid: None = None
+        self, weight: Tensor, statistics: SquaredNorm, pattern: Pattern, grid: Grid | None = None
     ) -> Solution:
         """Prune ``weight`` (out, in) with the mean squares of its inputs (in,)."""
         if isinstance(pattern, Unstructured):
             pattern = pattern.scoped("row")
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         mask = pattern.select(magnitude * statistics.value.sqrt().to(magnitude))
-        return Solution(weight.masked_fill(~mask, 0.0), mask)
+        return masked(weight, mask, grid)
 
 
 solver = Wanda
