@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError, first_line
+from llmsparse.gridfile import GridFile
 
 
 def load_model(
@@ -42,7 +43,27 @@ def load_model(
             f"{checkpoint.folder} lacks {len(missing)} weights, such as {missing[0]}; "
             f"it is no complete {type(model).__name__}"
         )
+    _apply_grid(model, checkpoint, trust_remote_code)
     return model.eval()
+
+
+def _apply_grid(model: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Where codes lie beside the weights, put code times scale in the place of its rounding."""
+    if (codes := GridFile.open(checkpoint.folder)) is None:
+        return
+    from llmsparse.skeleton import Skeleton
+
+    skeleton = Skeleton(checkpoint, model.dtype, trust_remote_code)
+    skeleton.model = model
+    weights = {w.name: w for w in skeleton.weights}
+    parameters = {skeleton.sources[f"{path}.weight"][0][0]: f"{path}.weight" for path in skeleton.tables}
+    for name in codes.names:
+        if name in parameters:
+            stored, view = checkpoint.tensor(name), model.get_parameter(parameters[name]).data
+        else:
+            stored = weights[name].stored(checkpoint.tensor(weights[name].source))
+            view = skeleton.views([weights[name]])[name]
+        view.copy_(codes.checked(name, stored))
 
 
 @contextlib.contextmanager

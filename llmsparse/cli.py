@@ -36,6 +36,9 @@ class Shell(NamedTuple):
 
 SHELLS = {
     "prune": Shell("llmsparse.prune", "prune", "Prune MODEL, a hub id or a folder, into the new folder OUT."),
+    "quantize": Shell(
+        "llmsparse.quantize", "quantize", "Round the weights of MODEL to int8 or int4, calibrated, into OUT."
+    ),
     "plan": Shell("llmsparse.plan", "plan", "What prune would do and cost, without loading a weight."),
     "eval": Shell(
         "llmsparse.eval.evaluate", "evaluate", "What MODEL is worth, alone or beside its dense parent."

@@ -149,11 +149,11 @@ class Existing:
         return True
 
     def __str__(self) -> str:
-        return "as it is"
+        return "as-is"
 
 
-def parse(text: str, scope: str | None = None) -> Unstructured | NM:
-    """Read ``50%`` or ``n:m`` (n kept of m).
+def parse(text: str, scope: str | None = None) -> Unstructured | NM | Existing:
+    """Read ``50%``, ``n:m`` (n kept of m) or ``as-is``.
 
     Raises:
         UserError: the text is neither, or its numbers make no pattern.
@@ -166,6 +166,8 @@ def parse(text: str, scope: str | None = None) -> Unstructured | NM:
         if scope is not None and scope not in SCOPES:
             raise UserError(f"--scope {scope} is unknown; use one of {', '.join(SCOPES)}, or leave it out")
         return Unstructured(float(match[1]) / 100, scope)
+    if text.strip() == "as-is":
+        return Existing()
     raise UserError(
         f"pattern {text!r} is unknown; use a percentage such as 50%, or n:m (n kept of m) such as 2:4"
     )

@@ -3,7 +3,7 @@
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from llmsparse.calibration import Calibration, calibrate
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import available_memory, forward_dtype, pick_device
 from llmsparse.errors import UserError
-from llmsparse.pattern import Pattern, describe, parse
+from llmsparse.grid import Grid
+from llmsparse.pattern import Existing, Pattern, describe, parse
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Gram
@@ -31,6 +32,10 @@ class Job:
     patterns: dict[str, Pattern]  # weight name -> pattern
     dtype: torch.dtype
     device: torch.device
+    grid: Grid | None = None  # of the weights
+    tables: dict[str, Grid] = field(
+        default_factory=dict
+    )  # disk name of an embedding or output table -> its grid
 
     @property
     def weights(self) -> list[Weight]:
@@ -51,6 +56,12 @@ class Job:
             "of_linear": pruned / linear if linear else 0.0,
             "of_all": pruned / everything,
         }
+
+    def quantised(self) -> dict[str, tuple[tuple[int, int], Grid]]:
+        """Everything that gets codes: name -> its (out, in) shape and its grid."""
+        shapes = {w.name: (w.out_features, w.in_features) for w in self.weights} if self.grid else {}
+        shapes |= {name: self.checkpoint.shape(name) for name in self.tables}  # type: ignore[misc]
+        return {name: (shape, self.tables.get(name) or self.grid) for name, shape in shapes.items()}  # type: ignore[misc]
 
     def calibrate(self) -> Calibration | None:
         """The calibration windows; None for a data-free solver."""
@@ -117,7 +128,27 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
         if weight.name in patterns and (not stored.is_floating_point or stored.itemsize < 2):
             name = str(stored).removeprefix("torch.")
             raise UserError(f"{weight.source} is stored as {name}; prune the unquantised checkpoint")
-    return Job(with_defaults(recipe, config), checkpoint, skeleton, solver, patterns, dtype, device)
+    grid = Grid.parse(recipe.values) if recipe.values else None
+    if grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
+        raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
+    recipe = with_defaults(recipe, config)
+    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, grid)
+    job.tables = _tables(job)
+    return job
+
+
+def _tables(job: Job) -> dict[str, Grid]:
+    """The embedding and output tables that are to be rounded; a tied one is one, a pruned one a weight."""
+    asked = job.recipe.embeddings or ("int8" if job.grid else "keep")
+    if asked == "keep":
+        return {}
+    if job.grid is None:
+        raise UserError(
+            f"--embeddings {asked} goes with --values: the tables are rounded where the weights are"
+        )
+    grid, pruned = Grid.parse(asked), {w.source for w in job.weights}
+    names = [job.skeleton.sources[f"{path}.weight"][0][0] for path in job.skeleton.tables]
+    return {name: grid for name in names if name not in pruned}
 
 
 def _solver(recipe: Recipe) -> Any:
@@ -226,6 +257,7 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         "model": str(model),
         "architecture": job.skeleton.config.model_type,
         "solver": str(r.solver),
+        "values": r.values,
         "calibration": f"{r.calibration}, {r.samples} x {r.sequence_length}"
         if text
         else "none (data-free solver)",
@@ -243,7 +275,7 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         ],
         "coverage": job.coverage(),
         "read_bytes": size,
-        "write_bytes": size,
+        "write_bytes": size + sum(o * i + 2 * o * g.groups(i) for (o, i), g in job.quantised().values()),
         **_memory(job),
         "seconds_estimate": _seconds(job),
         "warnings": [f"{name} is left as it is: no linear weight" for name in job.skeleton.unrecognised],

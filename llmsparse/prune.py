@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmsparse import gridfile
 from llmsparse.calibration import Calibration
 from llmsparse.heap import return_freed_memory
-from llmsparse.plan import prepare
+from llmsparse.plan import Job, prepare
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
 from llmsparse.recipe import Recipe, with_options
@@ -34,7 +35,8 @@ def prune(
     processes = Processes(job.recipe.device)
     job.device = processes.device(job.device)
     phases = Phases(job.device, progress.now)
-    work = Work(job, Writer(job.checkpoint, out, overwrite), processes, phases, progress)
+    writer = Writer(job.checkpoint, out, overwrite, job.quantised())
+    work = Work(job, writer, processes, phases, progress)
     progress.start("reading text", 1)
     with work.phases("calibration text"):
         text = processes.together(job.calibrate)
@@ -130,9 +132,11 @@ def _report(
         warnings.append(
             f"left as they are, not linear weights: {len(job.skeleton.unrecognised)} such as {names}"
         )
+    grid = {"grid": _rounded(job)} if job.grid else {}
     return {
         "model": model,
         "out": str(work.writer.out),
+        **grid,
         "versions": versions(),
         "options": {
             **job.recipe.as_dict(),
@@ -155,5 +159,17 @@ def _report(
         "peak_memory": work.phases.peak,
         "coverage": job.coverage(),
         "weights": records,
+        "tables": [],
         "warnings": warnings,
+    }
+
+
+def _rounded(job: Job) -> dict[str, Any]:
+    """What a reader of quantised weights must know."""
+    dtype = str(job.checkpoint.stored_dtype).removeprefix("torch.")
+    return {
+        "file": gridfile.NAME,
+        "values": str(job.grid),
+        "tables": job.recipe.embeddings or "int8",
+        "note": f"a weight is code x scale, both in {gridfile.NAME}; the {dtype} weights are the rounding of that",
     }

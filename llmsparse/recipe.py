@@ -22,7 +22,8 @@ class Recipe:
 
     solver: Any = _option("sparsegpt", "pruning method, see `llmsparse list solvers`")
     pattern: tuple[Any, ...] = _option(
-        ("50%",), "50%, or n:m with n KEPT of m; REGEX=PATTERN for some weights (repeatable)"
+        ("50%",),
+        "50%, or n:m with n KEPT of m, or as-is; REGEX=PATTERN for some weights (repeatable)",
     )
     scope: str | None = _option(None, "where 50% is counted: row or layer (default: the solver's own)")
     calibration: str = _option(
@@ -32,6 +33,13 @@ class Recipe:
     samples: int | None = _option(None, "calibration windows (default 128; builtin 64)")
     sequence_length: int | None = _option(
         None, "tokens a window (default 2048, builtin 512; at most what the model takes)"
+    )
+    values: str | None = _option(
+        None, "int8, int4:32 or int4:64: round inside the solver (default: values stay floating-point)"
+    )
+    embeddings: str | None = _option(
+        None,
+        "the same for embedding and output tables; keep leaves them (default: int8 with --values, else keep)",
     )
     seed: int = _option(0, "seed of the choice of calibration text")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1...")
@@ -95,12 +103,13 @@ class Recipe:
         return pairs
 
 
-def with_options(function: Callable[..., Any]) -> inspect.Signature:
+def with_options(function: Callable[..., Any], without: tuple[str, ...] = ()) -> inspect.Signature:
     """The signature of ``function`` with its ``**options`` spelled out as the recipe's fields."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in fields(Recipe)
+        if f.name not in without
     ]
     return inspect.Signature([*own, *options], return_annotation=dict[str, Any])
 

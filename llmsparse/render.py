@@ -20,6 +20,7 @@ def prune(report: Row) -> RenderableType:
     seconds, peak = report["seconds"], report["peak_memory"]
     lines = [
         f"{_coverage(report['coverage'])}; {sparsity(report['weights']) or 0:.2%} of them are zero",
+        *_rounding(report),
         f"{duration(sum(seconds.values()))} ({', '.join(f'{k} {duration(v)}' for k, v in seconds.items())}), "
         f"peak memory {byte_size(max(peak.values(), default=0))}",
         *(f"warning: {text}" for text in report.get("warnings", ())),
@@ -27,6 +28,15 @@ def prune(report: Row) -> RenderableType:
         f"next: {shlex.join(['llmsparse', 'eval', report['out'], '--against', report['model']])}",
     ]
     return Group(_kinds(report["weights"], measured=True), *map(Text, lines))
+
+
+def _rounding(report: Row) -> list[str]:
+    if "grid" not in report:
+        return []
+    tables = [f"{t['name']} {t['values']} (error {t['squared_error']:.2g})" for t in report["tables"]]
+    return [
+        f"values {report['grid']['values']}; tables: {', '.join(tables) or 'kept'}; {report['grid']['note']}"
+    ]
 
 
 def plan(result: Row) -> RenderableType:
@@ -97,6 +107,7 @@ def demo(result: Row) -> RenderableType:
 
 SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "prune": prune,
+    "quantize": prune,
     "plan": plan,
     "eval": evaluate,
     "inspect": inspect,

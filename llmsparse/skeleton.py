@@ -99,6 +99,18 @@ class Skeleton:
         return outer[0]
 
     @property
+    def tables(self) -> list[str]:
+        """Paths of the input embedding and of the output one, where it is a matrix of its own on disk."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        paths = [path for path, module in self.model.named_modules() if any(module is end for end in ends)]
+        own = {
+            self.sources[f"{path}.weight"][0][0]: path
+            for path in reversed(paths)
+            if f"{path}.weight" in self.sources
+        }
+        return list(reversed(own.values()))
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.model.get_submodule(self.block_path)
 

@@ -6,16 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmsparse import gridfile
 from llmsparse.calibration import Calibration
 from llmsparse.errors import SolverError, UserError
-from llmsparse.pattern import Unstructured
+from llmsparse.grid import Grid
+from llmsparse.pattern import Pattern, Unstructured
 from llmsparse.plan import Job
 from llmsparse.processes import Processes
 from llmsparse.report import Phases, relative_error, versions
 from llmsparse.skeleton import Weight
-from llmsparse.solution import Solution
+from llmsparse.solution import Solution, masked
 from llmsparse.statistics import SquaredNorm, Statistics
 from llmsparse.writer import Writer
+
+ROWS = 4096  # of a table rounded at a time
 
 
 @dataclass
@@ -51,10 +55,29 @@ class Work:
         }
         with self.phases("finish"):
             if self.main:
+                for name, grid in self.job.tables.items():
+                    report["tables"].append(self._round_table(name, grid))
+                    written |= {name, *self.job.skeleton.same_as(name)}
                 self.writer.copy(sorted(set(self.job.checkpoint.names()) - written))
                 self.writer.prepare_to_finish(report)
         self.processes.together(lambda: self.writer.finish(report) if self.main else None)
         self.processes.close()
+
+    def _round_table(self, name: str, grid: Grid) -> dict[str, Any]:
+        """Round an embedding or output table, and write it with its codes."""
+        stored = self.job.checkpoint.tensor(name)
+        codes, scales, lost, whole = [], [], 0.0, 0.0
+        for rows in stored.split(ROWS):
+            dense = rows.float()
+            found, scale = grid.nearest(dense)
+            values = grid.values(found, scale)
+            lost, whole = lost + float((values - dense).square().sum()), whole + float(dense.square().sum())
+            rows.copy_(values)
+            codes.append(found)
+            scales.append(scale)
+        same = dict.fromkeys([name, *self.job.skeleton.same_as(name)], stored)
+        self.writer.write(same | gridfile.tensors(name, torch.cat(codes), torch.cat(scales)))
+        return {"name": name, "shape": list(stored.shape), "values": str(grid), "squared_error": lost / whole}
 
     @property
     def main(self) -> bool:
@@ -78,6 +101,7 @@ class Desk:
     weights: dict[str, Weight]
     views: dict[str, Tensor]
     disk: dict[str, Tensor] = field(default_factory=dict)  # the block's tensors as they will be written
+    codes: dict[str, Tensor] = field(default_factory=dict)  # tensors of grid.safetensors
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -93,14 +117,16 @@ class Desk:
             stored = weight.stored(self.disk[weight.source])
             owner = len(self.records) % processes.count
             mine = processes.rank == owner
-            record = processes.together(
+            solved = processes.together(
                 lambda: prune_weight(self.work.job, weight, stored, statistics) if mine else None
             )
             if processes.count > 1:
-                record = processes.gather(record)[owner]
+                solved = processes.gather(solved)[owner]
                 stored.copy_(processes.broadcast(stored.contiguous().to(self.work.job.device), owner))
-            assert record is not None
+            assert solved is not None
+            record, codes = solved
             self.records[name] = record
+            self.codes.update(codes)
             if record["error"] is not None:
                 self.work.progress.tell("pruning", f"error {record['error']:.4f} {name}")
             if name in self.views:
@@ -118,7 +144,7 @@ class Desk:
         records = [self.records[name] for name in self.weights]
         with self.work.phases("write"):
             if self.work.main:
-                self.work.writer.write(self.disk)
+                self.work.writer.write(self.disk | self.codes)
                 self.work.writer.copy(name for name in tensors if name not in self.disk)
                 self.work.writer.finish_block(block, records)
         return records
@@ -135,17 +161,19 @@ class Desk:
             )
 
 
-def prune_weight(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> dict[str, Any]:
-    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor) and say how it went."""
+def prune_weight(
+    job: Job, weight: Weight, stored: Tensor, statistics: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor); say how it went, and its codes."""
     pattern = job.patterns[weight.name]
     dense = stored.to(job.device, torch.float32, copy=True)
     notes: dict[str, Any] = {}
     if job.solver.statistics is None:
-        solution = job.solver(dense, None, pattern)
+        solution = _call(job, dense, None, pattern)
     elif statistics is None or statistics.tokens == 0:
         notes["warning"] = "saw no calibration token: pruned by magnitude; use more calibration text"
         mask = (pattern.scoped("row") if isinstance(pattern, Unstructured) else pattern).select(dense.abs())
-        solution = Solution(dense.masked_fill(~mask, 0.0), mask)
+        solution = masked(dense, mask, job.grid)
     else:
         if statistics.tokens < weight.in_features:
             seen = f"saw {statistics.tokens} tokens for {weight.in_features} inputs"
@@ -153,17 +181,31 @@ def prune_weight(job: Job, weight: Weight, stored: Tensor, statistics: Any) -> d
         solution = _calibrated(job, weight.name, dense, statistics)
     stored.copy_(solution.weight)
     _verify(weight.name, stored, solution.mask.to(stored.device))
-    return {
+    solved, codes = stored.to(dense), {}
+    if job.grid is not None:
+        if solution.codes is None or solution.scales is None:
+            raise UserError(f"solver {job.recipe.solver} returned no codes; it cannot round to --values")
+        solved = job.grid.values(solution.codes, solution.scales)
+        codes = gridfile.tensors(weight.name, solution.codes.cpu(), solution.scales.cpu())
+        notes["values"] = str(job.grid)
+    record = {
         "name": weight.name,
         "shape": [weight.out_features, weight.in_features],
         "pattern": str(pattern),
         "sparsity": 1 - int(solution.mask.count_nonzero()) / solution.mask.numel(),
-        "error": relative_error(dense, stored.to(dense), statistics),
+        "error": relative_error(dense, solved, statistics),
         "error_from": {type(None): None, SquaredNorm: "diagonal"}.get(type(statistics), "gram"),
         "tokens": statistics.tokens if statistics is not None else 0,
         **solution.notes,
         **notes,
     }
+    return record, codes
+
+
+def _call(job: Job, dense: Tensor, statistics: Any, pattern: Pattern) -> Solution:
+    """The solver, with the grid only where there is one: a solver of the user's own may not know grids."""
+    grid = {"grid": job.grid} if job.grid else {}
+    return job.solver(dense, statistics, pattern, **grid)
 
 
 def _calibrated(job: Job, name: str, dense: Tensor, statistics: Any) -> Solution:
@@ -171,7 +213,7 @@ def _calibrated(job: Job, name: str, dense: Tensor, statistics: Any) -> Solution
     if not bool(torch.isfinite(sums.diagonal() if sums.dim() == 2 else sums).all()):
         raise SolverError(f"{name}: its calibration inputs are not finite; use --dtype float32 or other text")
     try:
-        return job.solver(dense, statistics, job.patterns[name])
+        return _call(job, dense, statistics, job.patterns[name])
     except SolverError as error:
         raise SolverError(f"{name}: {error}") from error
 

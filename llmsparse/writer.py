@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsparse import gridfile
 from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint, file_sha256
 from llmsparse.errors import UserError
+from llmsparse.grid import Grid
 from llmsparse.report import finite
 
 COPY_BYTES = 256 << 20  # copied tensors held in memory at most, besides the last
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "report.json")
 
 
@@ -42,8 +46,11 @@ class Writer:
     after that block's bytes are on the disk.
     """
 
-    def __init__(self, checkpoint: Checkpoint, out: str | Path, overwrite: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, out: str | Path, overwrite: bool = False,
+                 quantised: dict[str, tuple[tuple[int, int], Grid]] | None = None) -> None:  # fmt: skip
         self.checkpoint = checkpoint
+        self.grids = {name: grid for name, (_, grid) in (quantised or {}).items()}
+        self.codes = gridfile.layout({n: shape for n, (shape, _) in (quantised or {}).items()}, self.grids)
         self.out = Path(out).expanduser().absolute()
         self.work = self.out.with_name(f".{self.out.name}.llmsparse-work")
         self.old = self.out.with_name(f".{self.out.name}.llmsparse-old")  # what is being replaced
@@ -86,8 +93,11 @@ class Writer:
                 shutil.rmtree(self.work, ignore_errors=True)
                 self._check_space()
                 self.work.mkdir(parents=True)
-            for file, names in self._layout().items():
-                self._prepare(file, names, fresh)
+            for file, tensors in self._layout().items():
+                self._prepare(file, tensors, {"format": "pt"}, fresh)
+            if self.codes:
+                described = {name: str(grid) for name, grid in self.grids.items()}
+                self._prepare(gridfile.NAME, self.codes, {"format": "pt", **described}, fresh)
             if fresh:
                 self._append({"fingerprint": fingerprint})
 
@@ -119,6 +129,7 @@ class Writer:
 
     def _check_space(self) -> None:
         needed = sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
+        needed += sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.codes.values())
         parent = next(p for p in self.work.parents if p.exists())
         free = shutil.disk_usage(parent).free
         if free < needed:
@@ -126,28 +137,24 @@ class Writer:
                 f"the disk is full: {self.out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {parent}"
             )
 
-    def _layout(self) -> dict[str, list[str]]:
+    def _layout(self) -> dict[str, Tensors]:
         """Output file -> its tensors: the source's sharding, under safetensors names."""
-        layout: dict[str, list[str]] = {}
+        layout: dict[str, Tensors] = {}
         for name in self.checkpoint.names():
-            layout.setdefault(_target(self.checkpoint.location[name]), []).append(name)
+            target = layout.setdefault(_target(self.checkpoint.location[name]), {})
+            target[name] = self.checkpoint.dtype(name), self.checkpoint.shape(name)
         return layout
 
-    def _prepare(self, file: str, names: list[str], new: bool) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    def _prepare(self, file: str, tensors: Tensors, metadata: dict[str, str], new: bool) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata}
         offset = 0
-        for name in names:
-            size = self.checkpoint.bytes(name)
-            dtype = DTYPE_NAMES[self.checkpoint.dtype(name)]
-            header[name] = {
-                "dtype": dtype,
-                "shape": list(self.checkpoint.shape(name)),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
+        for name, (dtype, shape) in tensors.items():
+            end = offset + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format's 8-byte alignment
-        for name in names:
+        for name in tensors:
             self.offsets[name] = (self.work / file, 8 + len(text) + header[name]["data_offsets"][0])
         if new:
             with (self.work / file).open("wb") as stream:
@@ -159,7 +166,7 @@ class Writer:
                     stream.truncate(8 + len(text) + offset)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Put tensors of the source's names, shapes and dtypes in their place."""
+        """Put tensors of the source's names, shapes and dtypes, or codes and scales, in their place."""
         touched = set()
         with disk_errors(self.out):
             for name, tensor in tensors.items():

@@ -1,0 +1,82 @@
+"""grid.safetensors: the codes and scales beside a checkpoint whose weights are their rounding."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmsparse.errors import UserError
+from llmsparse.grid import Grid
+
+NAME = "grid.safetensors"
+CODES, SCALES = ".codes", ".scales"
+
+
+def layout(
+    shapes: dict[str, tuple[int, int]], grids: dict[str, Grid]
+) -> dict[str, tuple[torch.dtype, tuple]]:
+    """The file's tensors, name -> dtype and shape, for weights of these (out, in) ``shapes``."""
+    tensors: dict[str, tuple[torch.dtype, tuple]] = {}
+    for name, (outputs, inputs) in shapes.items():
+        tensors[name + CODES] = torch.int8, (outputs, inputs)
+        tensors[name + SCALES] = torch.bfloat16, (outputs, grids[name].groups(inputs))
+    return tensors
+
+
+def tensors(name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """One weight's part of the file."""
+    return {name + CODES: codes, name + SCALES: scales.to(torch.bfloat16)}
+
+
+class GridFile:
+    """The codes of a folder's weights, read weight by weight."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._open: Any = safe_open(path, framework="pt")
+            found = set(self._open.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it, or prune again") from error
+        metadata = self._open.metadata() or {}
+        self.names = sorted(name.removesuffix(CODES) for name in found if name.endswith(CODES))
+        for name in self.names:
+            if name + SCALES not in found or name not in metadata:
+                raise UserError(f"{path}: {name} has codes, but no scales or no grid; prune again")
+        self._grids = {name: Grid.parse(metadata[name]) for name in self.names}
+
+    @classmethod
+    def open(cls, folder: Path) -> "GridFile | None":
+        """The folder's codes, where it has some."""
+        return cls(folder / NAME) if (folder / NAME).is_file() else None
+
+    def grid(self, name: str) -> Grid:
+        return self._grids[name]
+
+    def codes(self, name: str) -> Tensor:
+        """int8 (out, in)."""
+        return self._open.get_tensor(name + CODES)
+
+    def scales(self, name: str) -> Tensor:
+        """float32 (out, groups)."""
+        return self._open.get_tensor(name + SCALES).float()
+
+    def values(self, name: str) -> Tensor:
+        """Code times scale, float32 (out, in)."""
+        return self.grid(name).values(self.codes(name), self.scales(name))
+
+    def checked(self, name: str, stored: Tensor) -> Tensor:
+        """The values of ``name``, if ``stored`` (out, in), the weight in the checkpoint, is their rounding.
+
+        Raises:
+            UserError: the weight was changed after it was quantised.
+        """
+        values = self.values(name)
+        if values.shape != stored.shape or not torch.equal(values.to(stored.dtype), stored):
+            raise UserError(
+                f"{name} is not what its codes in {self.path} give: it was changed after it was quantised; "
+                f"use the folder as `prune` wrote it, or delete {NAME} to go on from the weights alone"
+            )
+        return values
