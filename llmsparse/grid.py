@@ -20,7 +20,7 @@ STEPS = {
 class Grid:
     """Codes of ``bits`` bits with one scale for every ``group`` inputs of a row (``None``: for the whole row).
 
-    int4 codes are -8..7, int8 codes -127..127; zero is always code 0. Scales have 8 significant bits and are exact
+    int4 codes are -8..7, int8 codes -127..127 (int3, -4..3, is there to compare with, no format stores it); zero is always code 0. Scales have 8 significant bits and are exact
     in fp16 and bf16, and codes are fitted to the rounded scales, so that a code means the same number in every runtime.
     """
 
@@ -30,7 +30,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.bits not in STEPS:
-            raise UserError(f"a grid of {self.bits} bits is unknown; use 4 or 8")
+            raise UserError(f"a grid of {self.bits} bits is unknown; use 4 or 8 (3 to compare)")
         if self.group is not None and (self.group < 8 or self.group % 8):
             raise UserError(f"a group of {self.group} inputs is no multiple of 8; use 32 or 64")
         if not self.symmetric:
@@ -54,7 +54,7 @@ class Grid:
     @property
     def range(self) -> tuple[int, int]:
         """The smallest and the largest code."""
-        return (-8, 7) if self.bits == 4 else (-127, 127)
+        return (-127, 127) if self.bits == 8 else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
     def groups(self, inputs: int) -> int:
         """Scales of a row of ``inputs`` weights."""
@@ -70,7 +70,7 @@ class Grid:
         grouped = self._grouped(kept)  # (out, groups, group)
         weighing = None if importance is None else self._grouped(importance[None].to(weight))
         extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        signs = (1.0, -1.0) if self.bits == 4 else (1.0,)
+        signs = (1.0,) if self.bits == 8 else (1.0, -1.0)
         best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
         for step in (sign * step for step in STEPS[self.bits] for sign in signs):
             scale = self._refined(grouped, _eight_bits(extreme / step), weighing)

@@ -128,7 +128,7 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
         if weight.name in patterns and (not stored.is_floating_point or stored.itemsize < 2):
             name = str(stored).removeprefix("torch.")
             raise UserError(f"{weight.source} is stored as {name}; prune the unquantised checkpoint")
-    grid = Grid.parse(recipe.values) if recipe.values else None
+    grid = Grid.parse(recipe.values) if isinstance(recipe.values, str) else recipe.values
     if grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
     recipe = with_defaults(recipe, config)
@@ -257,7 +257,7 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         "model": str(model),
         "architecture": job.skeleton.config.model_type,
         "solver": str(r.solver),
-        "values": r.values,
+        "values": r.values and str(r.values),
         "calibration": f"{r.calibration}, {r.samples} x {r.sequence_length}"
         if text
         else "none (data-free solver)",

@@ -34,7 +34,7 @@ class Recipe:
     sequence_length: int | None = _option(
         None, "tokens a window (default 2048, builtin 512; at most what the model takes)"
     )
-    values: str | None = _option(
+    values: Any = _option(
         None, "int8, int4:32 or int4:64: round inside the solver (default: values stay floating-point)"
     )
     embeddings: str | None = _option(
@@ -88,7 +88,7 @@ class Recipe:
         """Plain values, without the token, for the report and for YAML."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token"}
         values = {k: [str(item) for item in v] if isinstance(v, tuple) else v for k, v in values.items()}
-        return {**values, "solver": str(self.solver)}
+        return {**values, "solver": str(self.solver), "values": self.values and str(self.values)}
 
     def solver_options(self) -> dict[str, Any]:
         """``--set`` pairs with numbers and booleans read as such."""

@@ -46,12 +46,14 @@ class SparseGPT:
         """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs; with ``grid`` round each column as well.
 
         Then the error that later columns absorb is that of both. A scale for whole rows is fitted to what the
-        sweep without rounding gives.
+        sweep without rounding gives, and that sweep's mask is kept.
         """
+        known = pattern.select(weight.abs()) if isinstance(pattern, Existing) else None
         scales = None
         if grid is not None and grid.group is None:
             alone = self(weight, statistics, pattern)
-            scales = grid.fit(alone.weight.to(torch.promote_types(weight.dtype, torch.float32)), alone.mask)
+            known = alone.mask
+            scales = grid.fit(alone.weight.to(torch.promote_types(weight.dtype, torch.float32)), known)
         upper, damping, dead = statistics.factor(self.damping)
         upper = upper.to(weight.device)
         columns = weight.T.to(
@@ -63,13 +65,12 @@ class SparseGPT:
         # chunks begin and end where groups of weights do, of the pattern and of the grid
         unit = math.lcm(pattern.width or 1, (grid.group or 1) if grid else 1)
         step = max(self.chunk // unit, 1) * unit
-        known = pattern.select(weight.abs()) if isinstance(pattern, Existing) else None
         budgets = _budgets(pattern, columns, upper, step)
         for start in range(0, len(columns), step):
             end = min(start + step, len(columns))
             choose = _chooser(pattern, budgets, start // step, None if known is None else known[:, start:end])
             chunk = _Chunk(columns[start:end], kept[start:end], upper[start:end, start:end], choose, unit)
-            errors = chunk.sweep(pattern.width, joint and joint.begin(start))
+            errors = chunk.sweep(pattern.width if known is None else None, joint and joint.begin(start))
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         mask, notes = kept.T.contiguous(), {"damping": damping}
         if joint is not None:
@@ -139,6 +140,11 @@ class _Chunk(NamedTuple):
         scores = self.columns[columns].square() / self.upper.diagonal()[columns, None].square()
         return self.choose(scores.T.contiguous()).T
 
+    def _ahead(self, columns: slice, width: int) -> Tensor:
+        """What will be kept of ``columns`` if they stay as they are now; groups of ``width`` may begin before them."""
+        first, last = columns.start // width * width, -(-columns.stop // width) * width
+        return self._mask(slice(first, last))[columns.start - first : columns.stop - first]
+
     def _inner(self, block: range, errors: Tensor, width: int | None) -> None:
         # views, made once: indexing costs as much as the products
         row, lost, factor = self.columns.unbind(), errors.unbind(), self.upper.unbind()
@@ -160,7 +166,7 @@ class _Chunk(NamedTuple):
         for j in block:
             if joint.starts_group(j):
                 ahead = slice(j, min(j + joint.width, block.stop))
-                joint.fit(j, self.columns[ahead], self._mask(ahead) if width else self.kept[ahead])
+                joint.fit(j, self.columns[ahead], self._ahead(ahead, width) if width else self.kept[ahead])
             if width and (j - block.start) % width == 0:
                 group = slice(j, j + width)
                 self.kept[group] = self._mask(group)
