@@ -42,9 +42,9 @@ def methods() -> Iterator[Method]:
         for grid in GRIDS + ((Grid(3, 32),) if not pattern else ()):
             yield Method(pattern, grid, "nearest")
             yield Method(pattern, grid, "sweep")
-    for tables in ("int8", "int4:32"):
-        yield Method("50%", Grid(8), "sweep", tables)
-        yield Method("50%", Grid(4, 32), "sweep", tables)
+    yield Method("50%", Grid(8), "sweep", "int8")
+    yield Method("50%", Grid(4, 32), "sweep", "int8")
+    yield Method("50%", Grid(4, 32), "sweep", "int4:32")
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ STEPS = {
 class Grid:
     """Codes of ``bits`` bits with one scale for every ``group`` inputs of a row (``None``: for the whole row).
 
-    int4 codes are -8..7, int8 codes -127..127 (int3, -4..3, is there to compare with, no format stores it); zero is always code 0. Scales have 8 significant bits and are exact
-    in fp16 and bf16, and codes are fitted to the rounded scales, so that a code means the same number in every runtime.
+    int4 codes are -8..7, int8 codes -127..127; zero is always code 0. (int3, -4..3, is there to compare with: no
+    format stores it.) Scales have 8 significant bits and are exact in fp16 and bf16, and codes are fitted to the
+    rounded scales, so that a code means the same number in every runtime.
     """
 
     bits: int
