@@ -10,10 +10,11 @@ from llmsparse.errors import UserError
 
 SMALLEST = 2.0**-24  # fp16's smallest number: every scale is a multiple of it
 LARGEST = 65280.0  # the largest number with 8 significant bits that fp16 holds
-STEPS = {
+STEPS = {  # largest weight over scale, to be tried
+    3: (2.6, 3.0, 3.4, 3.8, 4.2, 4.6),
     4: (5.0, 5.75, 6.5, 7.0, 7.5, 8.0, 8.5, 9.25),
-    8: (96.0, 108.0, 118.0, 127.0),
-}  # largest weight / scale
+    8: (97.0, 105.0, 112.0, 118.0, 123.0, 127.0),
+}
 
 
 @dataclass(frozen=True)
