@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from llmsparse.atomic import write_whole
+from llmsparse.device import processor
 from llmsparse.report import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ def provenance(*files: str | Path) -> dict[str, Any]:
     """Versions, machine, commit, date and command; sha256 of the data ``files`` that were read."""
     return {
         "versions": versions(),
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -76,16 +76,6 @@ def sha256(file: Path) -> str:
 
 def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        facts = dict(line.split(":", 1) for line in lines if ":" in line)
-        facts = {name.strip(): fact.strip() for name, fact in facts.items()}
-        return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
 
 
 def commit() -> str:

@@ -14,6 +14,8 @@ _PUBLIC = {  # name -> the module that defines it, imported when it is first use
     "evaluate": "llmsparse.eval.evaluate",
     "compare": "llmsparse.compare",
     "inspect": "llmsparse.inspect",
+    "bench": "llmsparse.bench",
+    "doctor": "llmsparse.doctor",
     "demo": "llmsparse.demo",
     "Unstructured": "llmsparse.pattern",
     "NM": "llmsparse.pattern",

@@ -50,6 +50,10 @@ SHELLS = {
     "inspect": Shell(
         "llmsparse.inspect", "inspect", "The zeros of MODEL: sparsity and n:m pattern of each weight."
     ),
+    "bench": Shell(
+        "llmsparse.bench", "bench", "How long MODEL's linear layers take here: packed, dense in C, torch."
+    ),
+    "doctor": Shell("llmsparse.doctor", "doctor", "What this machine has: native kernels, GPU, versions."),
     "list": Shell("llmsparse.cli", "choices", "What there is to choose from: solvers, patterns..."),
     "demo": Shell("llmsparse.demo", "demo", "Prune a small model each way; its perplexity before and after."),
 }
@@ -97,6 +101,11 @@ HELP = {field.name: field.metadata["help"] for field in fields(Recipe)} | HELP
 HELP_OF = {  # where a name means less than it does to prune
     ("eval", "batch_size"): "windows a forward pass, or so many times 512 tokens of task items",
     ("eval", "out"): "write the results there as JSON too; compare and report read them",
+    ("bench", "pattern"): "prune each weight to it by magnitude first (default: the model's own zeros)",
+    ("bench", "values"): "kinds of values, separated by commas",
+    ("bench", "threads"): "thread counts, separated by commas",
+    ("bench", "tokens"): "tokens a product, 1 to 8",
+    ("bench", "calls"): "timed products of each shape, at least",
     ("demo", "samples"): "calibration windows",
     ("demo", "sequence_length"): "tokens a window",
     ("demo", "windows"): "windows that are scored",

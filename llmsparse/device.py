@@ -72,3 +72,14 @@ def available_memory(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     return int(found[1]) * 1024 if found else 4 << 30
+
+
+def processor() -> str:
+    """The CPU's name, with family and model where Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        facts = {name.strip(): fact.strip() for name, fact in facts.items()}
+        return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()

@@ -73,7 +73,7 @@ def smollm2(cache: str | Path | None = None) -> Path:
     where set). The weights are 4-bit values (Q4_1): compare before and after, and never pass them off as the
     official checkpoint's. UserError: the package is not installed.
     """
-    out = Path(cache or _cache_folder()) / "smollm2-135m-instruct"
+    out = Path(cache or cache_folder()) / "smollm2-135m-instruct"
     if (out / "config.json").is_file():
         return out
     return convert(packaged_gguf(SMOLLM2_PACKAGE), out)
@@ -93,7 +93,7 @@ def packaged_gguf(package: str) -> Path:
     return found[0]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmsparse"
 
 

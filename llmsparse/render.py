@@ -90,6 +90,56 @@ def inspect(result: Row) -> RenderableType:
     return Group(_table(headings, rows), *map(Text, lines))
 
 
+def bench(result: Row) -> RenderableType:
+    """A table for each thread count: shapes, and all layers together; beside each time its ratio to torch's bf16."""
+    tables = []
+    for threads in dict.fromkeys(row["threads"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["threads"] == threads]
+        forms = list(dict.fromkeys(row["form"] for row in rows))
+        lines = [("all layers", "", [t for t in result["totals"] if t["threads"] == threads])]
+        for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
+            mine = [row for row in rows if tuple(row["shape"]) == shape]
+            lines.append((_shape(shape), str(mine[0]["layers"]), mine))
+        cells = [(name, count, *_times(mine, forms)) for name, count, mine in lines]
+        table = _table(("shape", "layers >", *(f"{form} >" for form in forms)), cells)
+        tables += [
+            Text(f"threads {threads}, tokens {result['tokens']}: minimum in µs (times torch bf16's speed)"),
+            table,
+        ]
+    note = f"{result['zeros']:.1%} zeros; {result['processor']}, kernels {result['kernels']}, torch {result['versions']['torch']}"
+    return Group(*tables, Text(note))
+
+
+def _times(rows: list[Row], forms: list[str]) -> list[str]:
+    times = {row["form"]: row["min"] for row in rows}
+    return [f"{1e6 * times[form]:.1f} ({times['torch bf16'] / times[form]:.2f})" for form in forms]
+
+
+def doctor(result: Row) -> RenderableType:
+    """The kernels and why others do not run, then the rest."""
+    rows = [
+        (name, "used" if name == result["used"] else why or "usable")
+        for name, why in result["kernels"].items()
+    ]
+    extras = [
+        f"extra {name} ({extra['for']}): "
+        + ("installed" if extra["installed"] else f"absent, pip install 'llmsparse[{name}]'")
+        for name, extra in result["extras"].items()
+    ]
+    lines = [
+        f"processor: {result['processor']}; torch uses {result['threads']} threads",
+        *(
+            []
+            if result["used"]
+            else ["packed weights are unpacked by torch for every product: right, but slow"]
+        ),
+        f"GPU: {result['gpu'] or 'none'}",
+        *extras,
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+    ]
+    return Group(_table(("native kernels", ""), rows), *map(Text, lines))
+
+
 def choices(result: Row) -> RenderableType:
     """A table for each kind: its names, and what each is."""
     tables = (
@@ -113,6 +163,8 @@ SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "inspect": inspect,
     "compare": compare,
     "report": report,
+    "bench": bench,
+    "doctor": doctor,
     "list": choices,
     "demo": demo,
 }
