@@ -84,7 +84,7 @@ def _record(case: str, pattern: str, found: list[dict[str, Any]], options: Any) 
 def table(measured: list[dict[str, Any]]) -> str:
     """Markdown: minima in ms over all layers of a case, and the packed forms' ratios to both baselines."""
     lines = [
-        "| layers | zeros | threads | values | torch fp32 | torch bf16 | dense C | packed | times torch bf16 | times dense C |",
+        "| layers | zeros | threads | values | torch fp32 | torch bf16 | dense C | packed | to torch bf16 | to dense C |",
         "|" + "---|" * 10,
     ]
     cases = dict.fromkeys((row["case"], row["pattern"], row["threads"]) for row in measured)

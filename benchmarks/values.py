@@ -22,7 +22,7 @@ from llmsparse.quantize import quantize
 from llmsparse.skeleton import Skeleton
 
 SPARSE = ("50%", "2:4")
-GRIDS = (Grid(8), Grid(4, 64), Grid(4, 32))
+GRIDS = (Grid(8), Grid(4, 32))
 KEY = (*models.IDENTITY, "values", "how", "embeddings", "context", "windows_asked", "data")
 
 
@@ -36,15 +36,17 @@ class Method(NamedTuple):
 
 
 def methods() -> Iterator[Method]:
-    """The dense model and its grids, then each pattern's, then what the tables cost."""
+    """The dense model and its grids, then each pattern's, then what the tables cost, then wider groups."""
     for pattern in ("", *SPARSE):
         yield Method(pattern)
         for grid in GRIDS + ((Grid(3, 32),) if not pattern else ()):
             yield Method(pattern, grid, "nearest")
             yield Method(pattern, grid, "sweep")
     yield Method("50%", Grid(8), "sweep", "int8")
-    yield Method("50%", Grid(4, 32), "sweep", "int8")
     yield Method("50%", Grid(4, 32), "sweep", "int4:32")
+    for pattern in ("", "50%"):
+        yield Method(pattern, Grid(4, 64), "nearest")
+        yield Method(pattern, Grid(4, 64), "sweep")
 
 
 def main() -> None:

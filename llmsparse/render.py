@@ -106,8 +106,8 @@ def bench(result: Row) -> RenderableType:
             Text(f"threads {threads}, tokens {result['tokens']}: minimum in µs (times torch bf16's speed)"),
             table,
         ]
-    note = f"{result['zeros']:.1%} zeros; {result['processor']}, kernels {result['kernels']}, torch {result['versions']['torch']}"
-    return Group(*tables, Text(note))
+    where = f"{result['processor']}, kernels {result['kernels']}, torch {result['versions']['torch']}"
+    return Group(*tables, Text(f"{result['zeros']:.1%} zeros; {where}"))
 
 
 def _times(rows: list[Row], forms: list[str]) -> list[str]:
