@@ -1,0 +1,51 @@
+/* What the AVX-512 kernels share: the compiler's target, and rows for 1, 2, 4 or 8 tokens. */
+#ifndef LLMSPARSE_AVX512_H
+#define LLMSPARSE_AVX512_H
+
+#include "matrix.h"
+#include <immintrin.h>
+
+/* One target for all: its only instruction beyond plain AVX-512 VBMI2 + VNNI is dpbf16, which no compiler uses by
+ * itself, and which only kernels that ask for it reach. */
+#define AVX512                                                                                                        \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma," \
+                          "popcnt")))
+#define INLINE static inline AVX512 __attribute__((always_inline))
+
+/* A kernel is written once for any count of tokens; the counts are constants where it is inlined. */
+#define FOR_TOKENS(x, call)            \
+    switch ((x)->padded_tokens) {      \
+    case 1: call(1); break;            \
+    case 2: call(2); break;            \
+    case 4: call(4); break;            \
+    default: call(8); break;           \
+    }
+
+/* Sums that one token keeps apart, so that an addition need not wait for the one before it. */
+#define CHAINS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 2 : 1)
+
+INLINE void prefetch(const void *values, int lines)
+{
+    for (int i = 0; i < lines; i++)
+        _mm_prefetch((const char *)values + PREFETCH + 64 * i, _MM_HINT_T0);
+}
+
+/* Stores y of one row; `sums` holds CHAINS partial sums a token. */
+INLINE void store_row(const __m512 *sums, const int tokens, const struct activations *x, float scale, float *y,
+                      int64_t rows)
+{
+    const int chains = CHAINS(tokens);
+    for (int t = 0; t < tokens; t++) {
+        __m512 sum = sums[t * chains];
+        for (int c = 1; c < chains; c++)
+            sum = _mm512_add_ps(sum, sums[t * chains + c]);
+        if (t < x->tokens)
+            y[t * rows] = scale * _mm512_reduce_add_ps(sum);
+    }
+}
+
+void avx512_int8(const struct source *w, const struct activations *x, int64_t first, int64_t last, float *y);
+void avx512_int4(const struct source *w, const struct activations *x, int64_t first, int64_t last, float *y);
+void avx512_unpack(const struct source *w, int64_t row, int bf16, void *out);
+
+#endif
