@@ -20,7 +20,7 @@ INLINE __m512 add_product(__m512 sum, __m512i weights, const struct activations 
 INLINE __m512i weights_of(const uint16_t *values, __mmask32 mask, const int dense, const int whole)
 {
     if (!dense)
-        return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+        return expand_words(mask, _mm512_loadu_si512(values));
     return whole ? _mm512_loadu_si512(values) : _mm512_maskz_loadu_epi16(mask, values);
 }
 

@@ -22,9 +22,7 @@ INLINE const int8_t *int8_block(__m512 *sums, const int8_t *values, uint64_t mas
                                 int64_t column, const int chain, const int tokens, const int dense)
 {
     const int chains = CHAINS(tokens);
-    __m512i weights = _mm512_loadu_si512(values);
-    if (!dense)
-        weights = _mm512_maskz_expand_epi8(mask, weights);
+    __m512i weights = dense ? _mm512_loadu_si512(values) : expand_bytes(mask, _mm512_loadu_si512(values));
     for (int t = 0; t < tokens; t++) {
         __m512 *sum = &sums[t * chains + chain % chains];
         *sum = _mm512_fmadd_ps(products(weights, x, t, column), scale_of(x, t, column), *sum);
@@ -113,7 +111,7 @@ INLINE int64_t int4_stretch(__m512 *sums, const uint8_t *values, int64_t place, 
         __m512i codes = codes_at(values, place);
         if (!dense) {
             uint64_t word = mask_word(mask, column, columns);
-            codes = _mm512_maskz_expand_epi8(word, codes);
+            codes = expand_bytes(word, codes);
             place += _mm_popcnt_u64(word);
         } else
             place += BLOCK;

@@ -25,7 +25,7 @@ INLINE void unpack_bf16(const struct source *w, int64_t row, int bf16, void *out
         uint64_t mask = mask_word(row_mask(w, row), column, columns), there = columns_there(column, columns);
         _mm_prefetch((const char *)values + PREFETCH, _MM_HINT_T0);
         for (int i = 0; i < 2; i++, mask >>= 32, there >>= 32) {
-            __m512i weights = _mm512_maskz_expand_epi16((__mmask32)mask, _mm512_loadu_si512(values));
+            __m512i weights = expand_words((__mmask32)mask, _mm512_loadu_si512(values));
             values += _mm_popcnt_u32((uint32_t)mask);
             if (bf16) {
                 _mm512_mask_storeu_epi16((uint16_t *)out + column + 32 * i, (__mmask32)there, weights);
