@@ -1,4 +1,4 @@
-/* What the AVX-512 kernels share: the compiler's target, and rows for 1, 2, 4 or 8 tokens. */
+/* What the AVX-512 kernels share: the compiler's target, expansion by a mask, the end of a row. */
 #ifndef LLMSPARSE_AVX512_H
 #define LLMSPARSE_AVX512_H
 
@@ -11,18 +11,6 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma," \
                           "popcnt")))
 #define INLINE static inline AVX512 __attribute__((always_inline))
-
-/* A kernel is written once for any count of tokens; the counts are constants where it is inlined. */
-#define FOR_TOKENS(x, call)            \
-    switch ((x)->padded_tokens) {      \
-    case 1: call(1); break;            \
-    case 2: call(2); break;            \
-    case 4: call(4); break;            \
-    default: call(8); break;           \
-    }
-
-/* Sums that one token keeps apart, so that an addition need not wait for the one before it. */
-#define CHAINS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 2 : 1)
 
 INLINE void prefetch(const void *values, int lines)
 {

@@ -74,6 +74,18 @@ void fill_neon(struct isa *isa);
 /* INT4 scales change in the middle of what fast kernels multiply at once, unless groups are whole halves. */
 static inline int whole_halves(const struct matrix *m) { return m->group % 32 == 0; }
 
+/* A kernel is written once for any count of tokens; the counts are constants where it is inlined. */
+#define FOR_TOKENS(x, call)            \
+    switch ((x)->padded_tokens) {      \
+    case 1: call(1); break;            \
+    case 2: call(2); break;            \
+    case 4: call(4); break;            \
+    default: call(8); break;           \
+    }
+
+/* Sums that one token keeps apart, so that an addition need not wait for the one before it. */
+#define CHAINS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 2 : 1)
+
 static inline float from_bf16(uint16_t bits)
 {
     uint32_t word = (uint32_t)bits << 16;
