@@ -141,7 +141,9 @@ def starts(mask: Tensor, columns: int, per_byte: int = 1) -> Tensor:
     """
     _check_tensor("mask", mask, torch.uint8)
     wanted = (mask.shape[0], (columns + 7) // 8)
-    _need(tuple(mask.shape) == wanted, f"mask must be {wanted} for {columns} columns; it is {tuple(mask.shape)}")
+    _need(
+        tuple(mask.shape) == wanted, f"mask must be {wanted} for {columns} columns; it is {tuple(mask.shape)}"
+    )
     found = torch.empty(wanted[0] + 1, dtype=torch.int64)
     threads = torch.get_num_threads()
     beyond = _library().check(mask.data_ptr(), wanted[0], columns, per_byte, found.data_ptr(), threads)
