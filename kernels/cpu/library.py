@@ -284,7 +284,7 @@ def gather(
     _check_tensor("rows", chosen, torch.int64)
     if chosen.numel():
         low, high = (int(edge) for edge in chosen.aminmax())
-        there = 0 <= low and high < matrix.shape[0]
+        there = low >= 0 and high < matrix.shape[0]
         _need(there, f"rows {low} to {high} were asked for; there are {matrix.shape[0]}")
     out = _unpack(matrix, chosen, 0, chosen.numel(), dtype, isa)
     return out.view(*rows.shape, matrix.shape[1])
