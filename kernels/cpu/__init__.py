@@ -1,0 +1,1 @@
+"""Native kernels for weights stored sparse, in C, called through ctypes."""

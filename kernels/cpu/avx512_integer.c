@@ -1,0 +1,159 @@
+/* AVX-512 VNNI: int8 and int4 weights times quantised activations. */
+#if defined(__x86_64__)
+#include "avx512.h"
+
+/* 64 weights times their inputs, as float32 sums of four: the inputs' signs go to the weights, because dpbusd
+ * multiplies unsigned by signed bytes. */
+INLINE __m512 products(__m512i weights, const struct activations *x, int token, int64_t column)
+{
+    __m512i magnitudes = _mm512_loadu_si512(x->magnitudes + token * x->stride + column);
+    __mmask64 negative = x->signs[token * x->blocks + column / BLOCK];
+    __m512i zero = _mm512_setzero_si512();
+    return _mm512_cvtepi32_ps(
+        _mm512_dpbusd_epi32(zero, magnitudes, _mm512_mask_sub_epi8(weights, negative, zero, weights)));
+}
+
+INLINE __m512 scale_of(const struct activations *x, int token, int64_t column)
+{
+    return _mm512_set1_ps(x->scales[token * x->blocks + column / BLOCK]);
+}
+
+INLINE const int8_t *int8_block(__m512 *sums, const int8_t *values, uint64_t mask, const struct activations *x,
+                                int64_t column, const int chain, const int tokens, const int dense)
+{
+    const int chains = CHAINS(tokens);
+    __m512i weights = dense ? _mm512_loadu_si512(values) : expand_bytes(mask, _mm512_loadu_si512(values));
+    for (int t = 0; t < tokens; t++) {
+        __m512 *sum = &sums[t * chains + chain % chains];
+        *sum = _mm512_fmadd_ps(products(weights, x, t, column), scale_of(x, t, column), *sum);
+    }
+    return values + (dense ? BLOCK : _mm_popcnt_u64(mask));
+}
+
+INLINE void int8_rows(const struct source *w, const struct activations *x, int64_t first, int64_t last, float *y,
+                      const int tokens, const int dense)
+{
+    const int64_t rows = w->matrix->rows, columns = w->matrix->columns;
+    for (int64_t row = first; row < last; row++) {
+        const int8_t *values = (const int8_t *)row_values(w, row);
+        const uint8_t *mask = dense ? NULL : row_mask(w, row);
+        __m512 sums[MAX_TOKENS];
+        int64_t column = 0;
+        for (int i = 0; i < tokens * CHAINS(tokens); i++)
+            sums[i] = _mm512_setzero_ps();
+        for (; column + 4 * BLOCK <= columns; column += 4 * BLOCK) {
+            uint64_t words[4] = {0};
+            if (!dense)
+                memcpy(words, mask + column / 8, sizeof words);
+            prefetch(values, dense ? 4 : 2);
+            for (int i = 0; i < 4; i++)
+                values = int8_block(sums, values, words[i], x, column + BLOCK * i, i, tokens, dense);
+        }
+        for (; column < columns; column += BLOCK) /* what a dense row reads past its end meets inputs of 0 */
+            values = int8_block(sums, values, mask_word(mask, column, columns), x, column, 0, tokens, dense);
+        store_row(sums, tokens, x, from_bf16(w->matrix->scales[row]), y + row, rows);
+    }
+}
+
+#define INT8_ROWS(tokens)                              \
+    if (w->matrix->mask)                               \
+        int8_rows(w, x, first, last, y, tokens, 0);    \
+    else                                               \
+        int8_rows(w, x, first, last, y, tokens, 1)
+
+AVX512 void avx512_int8(const struct source *w, const struct activations *x, int64_t first, int64_t last, float *y)
+{
+    FOR_TOKENS(x, INT8_ROWS)
+}
+
+/* 64 codes from a nibble on: each 64-bit lane takes the five bytes that hold its eight nibbles, a shift for each
+ * byte cuts them out, and a table turns a nibble into its code (the table repeats, so high bits do not matter). */
+INLINE __m512i codes_at(const uint8_t *values, int64_t place)
+{
+    __m512i bytes = _mm512_loadu_si512(values + place / 2);
+    __m512i spread = _mm512_set_epi64(0x232221201f1e1d1c, 0x1f1e1d1c1b1a1918, 0x1b1a191817161514, 0x1716151413121110,
+                                      0x131211100f0e0d0c, 0x0f0e0d0c0b0a0908, 0x0b0a090807060504, 0x0706050403020100);
+    __m512i shifts = _mm512_set1_epi64(0x1c1814100c080400 + 0x0404040404040404 * (place & 1));
+    __m512i table = _mm512_broadcast_i32x4(_mm_set_epi8(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8));
+    __m512i nibbles = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes));
+    return _mm512_permutexvar_epi8(nibbles, table);
+}
+
+/* The scales of the 16 halves of blocks from `column` on. */
+INLINE __m512 half_scales(const struct matrix *m, const uint16_t *scales, int64_t groups, int64_t column)
+{
+    int64_t first = column / m->group, left = groups - first;
+    float halves = (float)(m->group / 32), passed = (float)((column % m->group) / 32);
+    __m512 place = _mm512_add_ps(_mm512_set1_ps(passed), _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    __m512i index = _mm512_cvttps_epi32(_mm512_div_ps(place, _mm512_set1_ps(halves)));
+    __mmask16 there = left >= 16 ? 0xffff : (__mmask16)((1 << left) - 1);
+    __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, scales + first));
+    return _mm512_permutexvar_ps(index, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+}
+
+INLINE void int4_block(__m512 *sums, __m512i codes, __m512 scales, const struct activations *x, int64_t column,
+                       const int chain, const int tokens)
+{
+    const int chains = CHAINS(tokens);
+    for (int t = 0; t < tokens; t++) {
+        __m512 *sum = &sums[t * chains + chain % chains];
+        *sum = _mm512_fmadd_ps(products(codes, x, t, column), _mm512_mul_ps(scales, scale_of(x, t, column)), *sum);
+    }
+}
+
+/* Up to eight blocks, whose half scales fit one register. */
+INLINE int64_t int4_stretch(__m512 *sums, const uint8_t *values, int64_t place, const uint8_t *mask, __m512 scales,
+                            const struct activations *x, int64_t column, int64_t columns, const int tokens,
+                            const int dense, const int blocks)
+{
+    __m512i half = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    for (int i = 0; i < blocks; i++, column += BLOCK) {
+        __m512i codes = codes_at(values, place);
+        if (!dense) {
+            uint64_t word = mask_word(mask, column, columns);
+            codes = expand_bytes(word, codes);
+            place += _mm_popcnt_u64(word);
+        } else
+            place += BLOCK;
+        __m512 both = _mm512_permutexvar_ps(_mm512_add_epi32(half, _mm512_set1_epi32(2 * i)), scales);
+        int4_block(sums, codes, both, x, column, i, tokens);
+    }
+    return place;
+}
+
+INLINE void int4_rows(const struct source *w, const struct activations *x, int64_t first, int64_t last, float *y,
+                      const int tokens, const int dense)
+{
+    const int64_t rows = w->matrix->rows, columns = w->matrix->columns;
+    for (int64_t row = first; row < last; row++) {
+        const uint8_t *values = row_values(w, row);
+        const uint8_t *mask = dense ? NULL : row_mask(w, row);
+        const uint16_t *scales = w->matrix->scales + row * w->groups;
+        __m512 sums[MAX_TOKENS];
+        int64_t column = 0, place = 0;
+        for (int i = 0; i < tokens * CHAINS(tokens); i++)
+            sums[i] = _mm512_setzero_ps();
+        for (; column + 8 * BLOCK <= columns; column += 8 * BLOCK) {
+            prefetch(values + place / 2, dense ? 4 : 2);
+            __m512 these = half_scales(w->matrix, scales, w->groups, column);
+            place = int4_stretch(sums, values, place, mask, these, x, column, column + 8 * BLOCK, tokens, dense, 8);
+        }
+        int blocks = (int)((columns - column + BLOCK - 1) / BLOCK);
+        if (blocks)
+            int4_stretch(sums, values, place, mask, half_scales(w->matrix, scales, w->groups, column), x, column,
+                         columns, tokens, dense, blocks);
+        store_row(sums, tokens, x, 1, y + row, rows);
+    }
+}
+
+#define INT4_ROWS(tokens)                              \
+    if (w->matrix->mask)                               \
+        int4_rows(w, x, first, last, y, tokens, 0);    \
+    else                                               \
+        int4_rows(w, x, first, last, y, tokens, 1)
+
+AVX512 void avx512_int4(const struct source *w, const struct activations *x, int64_t first, int64_t last, float *y)
+{
+    FOR_TOKENS(x, INT4_ROWS)
+}
+#endif
