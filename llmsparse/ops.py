@@ -1,0 +1,189 @@
+"""The operators of packed weights, a product and a gather: torch everywhere, a native kernel where there is one."""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from llmsparse import bits
+from llmsparse.errors import UserError
+from llmsparse.packed import Packed
+
+Product = Callable[[Tensor], Tensor | None]  # x (..., in) -> (..., out), or None: not for this x
+
+
+class SlowProduct(UserWarning):
+    """Packed weights are unpacked for every product."""
+
+
+class Stored:
+    """One packed weight in memory."""
+
+    def __init__(self, packed: Packed, tensors: Sequence[Tensor], starts: Tensor | None) -> None:
+        self.packed = packed
+        self.tensors = dict(zip(packed.tensors(), tensors, strict=True))
+        self.starts = starts
+
+    @cached_property
+    def key(self) -> str:
+        """What the operators are told of ``packed``, beside its tensors."""
+        return json.dumps({**self.packed.entry(), "pattern": None, "tied": []})
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """What the operators are given: the tensors in the format's order, then ``starts`` where there are some."""
+        return [*self.tensors.values(), *([] if self.starts is None else [self.starts])]
+
+    def weight(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights of rows ``first`` to ``last`` - 1: (rows, in)."""
+        return self.packed.weight(self.tensors, first, last, dtype, self.starts)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight (out, in)."""
+        whole = torch.empty(self.packed.shape, dtype=dtype, device=next(iter(self.tensors.values())).device)
+        for first, last in bits.panels(*self.packed.shape):
+            whole[first:last] = self.weight(first, last, dtype)
+        return whole
+
+    @cached_property
+    def native(self) -> Product | None:
+        return native(self)
+
+
+def native(stored: Stored) -> Product | None:
+    """The native kernel for this weight, made once; None where there is none: the place to plug one in."""
+    return None
+
+
+def why_not_native(x: Tensor) -> str:
+    """Why ``x`` is multiplied by torch."""
+    return (
+        "the CPU library was not built"
+        if x.device.type == "cpu"
+        else f"there is no kernel for {x.device.type}"
+    )
+
+
+def linear(stored: Stored, x: Tensor) -> Tensor:
+    """x (..., in) times the transposed weight: (..., out). Gradients flow to ``x`` only."""
+    learns = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in stored.flat))
+    if torch.compiler.is_compiling() or learns:
+        _refuse_training(stored.flat)
+        return torch.ops.llmsparse.packed_linear(x, stored.flat, stored.key)
+    return _linear(stored, x)  # past the dispatcher, which takes longer than a small product
+
+
+def gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table by number: ids (...) -> (..., width)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.llmsparse.packed_gather(ids, stored.flat, stored.key, dtype)
+    return _gather(stored, ids, dtype)
+
+
+def _linear(stored: Stored, x: Tensor) -> Tensor:
+    if stored.native is not None and (found := stored.native(x)) is not None:
+        return found
+    _warn_once(why_not_native(x))
+    return linear_reference(stored, x)
+
+
+def linear_reference(stored: Stored, x: Tensor) -> Tensor:
+    """Unpacked a panel of rows at a time, so that the dense weight never exists."""
+    out, columns = stored.packed.shape
+    found = x.new_empty(*x.shape[:-1], out)
+    for first, last in bits.panels(out, columns):
+        found[..., first:last] = torch.nn.functional.linear(x, stored.weight(first, last, x.dtype))
+    return found
+
+
+def _gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = ids.reshape(-1)
+    rows = {name: tensor[flat] for name, tensor in stored.tensors.items()}
+    numbers = stored.packed.format.rows(stored.packed, rows["codes"])
+    weight = stored.packed.kind.weight(numbers, rows["scales"], dtype)
+    return weight.view(*ids.shape, stored.packed.shape[1])
+
+
+@torch.library.custom_op("llmsparse::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    """``linear`` for ``torch.compile``, ``torch.export`` and autograd."""
+    return _linear(_stored(tensors, key), x)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _packed(key).shape[0])
+
+
+@torch.library.custom_op("llmsparse::packed_linear_input_gradient", mutates_args=())
+def packed_linear_input_gradient(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    """The gradient with respect to x: gradient (..., out) times the weight, in panels of rows."""
+    stored = _stored(tensors, key)
+    out, columns = stored.packed.shape
+    exact = torch.promote_types(gradient.dtype, torch.float32)
+    found = torch.zeros(*gradient.shape[:-1], columns, dtype=exact, device=gradient.device)
+    for first, last in bits.panels(out, columns):
+        found += gradient[..., first:last] @ stored.weight(first, last, gradient.dtype)
+    return found.to(gradient.dtype)
+
+
+@packed_linear_input_gradient.register_fake
+def _(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], _packed(key).shape[1])
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, tensors, ctx.key = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, gradient: Tensor):
+    found = torch.ops.llmsparse.packed_linear_input_gradient(gradient, list(ctx.saved_tensors), ctx.key)
+    return found, [None] * len(ctx.saved_tensors), None
+
+
+packed_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("llmsparse::packed_gather", mutates_args=())
+def packed_gather(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
+    """``gather`` for ``torch.compile`` and ``torch.export``."""
+    return _gather(_stored(tensors, key), ids, dtype)
+
+
+@packed_gather.register_fake
+def _(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, _packed(key).shape[1], dtype=dtype)
+
+
+@lru_cache(maxsize=4096)
+def _packed(key: str) -> Packed:
+    return Packed.parse("a packed weight", json.loads(key))
+
+
+def _stored(tensors: Sequence[Tensor], key: str) -> Stored:
+    packed = _packed(key)
+    count = len(packed.tensors())
+    return Stored(packed, tensors[:count], tensors[count] if len(tensors) > count else None)
+
+
+def _refuse_training(tensors: Sequence[Tensor]) -> None:
+    if any(tensor.requires_grad for tensor in tensors):
+        raise UserError(
+            "packed weights cannot be trained: they are bits and codes, which have no gradient; "
+            "train the dense model that model.dequantize() gives, then prune and export it again"
+        )
+
+
+@lru_cache(maxsize=1)
+def _warned() -> set[str]:
+    return set()
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned():
+        _warned().add(reason)
+        warnings.warn(f"packed weights are unpacked for every product: {reason}", SlowProduct, stacklevel=3)
