@@ -15,27 +15,24 @@ from llmsparse.packed import Packed
 Product = Callable[[Tensor], Tensor | None]  # x (..., in) -> (..., out), or None: not for this x
 
 
+NO_TRAINING = (
+    "packed weights cannot be trained: they are bits and codes, which have no gradient; "
+    "train the dense model that model.dequantize() gives, then prune and export it again"
+)
+
+
 class SlowProduct(UserWarning):
     """Packed weights are unpacked for every product."""
 
 
 class Stored:
-    """One packed weight in memory."""
+    """One packed weight in memory: its tensors in the format's order, then where its rows start, if that varies."""
 
-    def __init__(self, packed: Packed, tensors: Sequence[Tensor], starts: Tensor | None) -> None:
+    def __init__(self, packed: Packed, tensors: Sequence[Tensor]) -> None:
+        names = packed.tensors()
         self.packed = packed
-        self.tensors = dict(zip(packed.tensors(), tensors, strict=True))
-        self.starts = starts
-
-    @cached_property
-    def key(self) -> str:
-        """What the operators are told of ``packed``, beside its tensors."""
-        return json.dumps({**self.packed.entry(), "pattern": None, "tied": []})
-
-    @property
-    def flat(self) -> list[Tensor]:
-        """What the operators are given: the tensors in the format's order, then ``starts`` where there are some."""
-        return [*self.tensors.values(), *([] if self.starts is None else [self.starts])]
+        self.tensors = dict(zip(names, tensors, strict=False))
+        self.starts = tensors[len(names)] if len(tensors) > len(names) else None
 
     def weight(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """The weights of rows ``first`` to ``last`` - 1: (rows, in)."""
@@ -67,23 +64,23 @@ def why_not_native(x: Tensor) -> str:
     )
 
 
-def linear(stored: Stored, x: Tensor) -> Tensor:
-    """x (..., in) times the transposed weight: (..., out). Gradients flow to ``x`` only."""
-    learns = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in stored.flat))
-    if torch.compiler.is_compiling() or learns:
-        _refuse_training(stored.flat)
-        return torch.ops.llmsparse.packed_linear(x, stored.flat, stored.key)
-    return _linear(stored, x)  # past the dispatcher, which takes longer than a small product
+def through_operators(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether ``torch.compile`` or autograd must see the operators; else a direct call spares the dispatcher's time.
 
-
-def gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a table by number: ids (...) -> (..., width)."""
+    Raises:
+        UserError: a packed tensor is to be trained.
+    """
     if torch.compiler.is_compiling():
-        return torch.ops.llmsparse.packed_gather(ids, stored.flat, stored.key, dtype)
-    return _gather(stored, ids, dtype)
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    if any(tensor.requires_grad for tensor in tensors):
+        raise UserError(NO_TRAINING)
+    return x.requires_grad
 
 
-def _linear(stored: Stored, x: Tensor) -> Tensor:
+def linear(stored: Stored, x: Tensor) -> Tensor:
+    """x (..., in) times the transposed weight: (..., out); no gradients."""
     if stored.native is not None and (found := stored.native(x)) is not None:
         return found
     _warn_once(why_not_native(x))
@@ -99,7 +96,8 @@ def linear_reference(stored: Stored, x: Tensor) -> Tensor:
     return found
 
 
-def _gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table by number: ids (...) -> (..., width)."""
     flat = ids.reshape(-1)
     rows = {name: tensor[flat] for name, tensor in stored.tensors.items()}
     numbers = stored.packed.format.rows(stored.packed, rows["codes"])
@@ -110,7 +108,7 @@ def _gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("llmsparse::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
     """``linear`` for ``torch.compile``, ``torch.export`` and autograd."""
-    return _linear(_stored(tensors, key), x)
+    return linear(Stored(_packed(key), tensors), x)
 
 
 @packed_linear.register_fake
@@ -121,7 +119,7 @@ def _(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
 @torch.library.custom_op("llmsparse::packed_linear_input_gradient", mutates_args=())
 def packed_linear_input_gradient(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
     """The gradient with respect to x: gradient (..., out) times the weight, in panels of rows."""
-    stored = _stored(tensors, key)
+    stored = Stored(_packed(key), tensors)
     out, columns = stored.packed.shape
     exact = torch.promote_types(gradient.dtype, torch.float32)
     found = torch.zeros(*gradient.shape[:-1], columns, dtype=exact, device=gradient.device)
@@ -151,7 +149,7 @@ packed_linear.register_autograd(_backward, setup_context=_keep)
 @torch.library.custom_op("llmsparse::packed_gather", mutates_args=())
 def packed_gather(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
     """``gather`` for ``torch.compile`` and ``torch.export``."""
-    return _gather(_stored(tensors, key), ids, dtype)
+    return gather(Stored(_packed(key), tensors), ids, dtype)
 
 
 @packed_gather.register_fake
@@ -162,20 +160,6 @@ def _(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> T
 @lru_cache(maxsize=4096)
 def _packed(key: str) -> Packed:
     return Packed.parse("a packed weight", json.loads(key))
-
-
-def _stored(tensors: Sequence[Tensor], key: str) -> Stored:
-    packed = _packed(key)
-    count = len(packed.tensors())
-    return Stored(packed, tensors[:count], tensors[count] if len(tensors) > count else None)
-
-
-def _refuse_training(tensors: Sequence[Tensor]) -> None:
-    if any(tensor.requires_grad for tensor in tensors):
-        raise UserError(
-            "packed weights cannot be trained: they are bits and codes, which have no gradient; "
-            "train the dense model that model.dequantize() gives, then prune and export it again"
-        )
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,9 @@
 """How one weight is stored: its entry in config.json, its tensors' shapes, and what they must satisfy."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -82,6 +83,11 @@ class Packed:
         return found
 
     @property
+    def key(self) -> str:
+        """All that unpacking needs to know, as text that ``parse`` reads: operators take no objects."""
+        return json.dumps({**self.entry(), "pattern": None, "tied": []})
+
+    @property
     def bytes(self) -> int:
         """What its tensors take."""
         return sum(dtype.itemsize * prod(shape) for dtype, shape in self.tensors().values())
@@ -153,6 +159,7 @@ def smallest(numbers: Tensor, values: Values) -> Packed | None:
     return best
 
 
+@lru_cache(maxsize=16)
 def _format(layout: str) -> ModuleType:
     return plugins.load("formats", layout)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsparse import held, ops
+from llmsparse import held
 from llmsparse.packed import Packed
 
 
@@ -15,10 +15,11 @@ class PackedGather(nn.Embedding):
     """The part of an embedding that looks rows up; a class that scales them, or shifts ids, comes before it."""
 
     packed: Packed
+    parts: tuple[str, ...]
     dtype: torch.dtype  # of the rows that it gives
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.gather(held.stored(self), input, self.dtype)
+        return held.gather(self, input)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -46,7 +47,7 @@ class PackedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         where = self.table.get_buffer("scales").device
-        found = ops.linear(held.stored(self.table), x.to(where)).to(x.device)
+        found = held.linear(self.table, x.to(where)).to(x.device)
         return found if self.bias is None else found + self.bias
 
 
@@ -70,9 +71,9 @@ def pack(embedding: nn.Embedding, packed: Packed) -> PackedGather:
 def unpack(embedding: PackedGather, dtype: torch.dtype) -> nn.Embedding:
     """The reverse of ``pack``, with the weights that the codes stand for."""
     weight = held.stored(embedding).dense(dtype)
-    for name in embedding.packed.tensors():
+    for name in embedding.parts:
         del embedding._buffers[name]
-    for name in ("packed", "_stored", "dtype"):
+    for name in ("packed", "key", "parts", "_stored", "dtype"):
         del embedding.__dict__[name]
     embedding.__class__ = embedding.__dict__.pop("dense_class")
     embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

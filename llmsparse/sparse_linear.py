@@ -29,7 +29,7 @@ class SparseLinear(nn.Module):
         held.hold(self, packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = ops.linear(held.stored(self), x)
+        found = held.linear(self, x)
         return found if self.bias is None else found + self.bias
 
     def unpack(self, dtype: torch.dtype) -> nn.Module:
@@ -48,10 +48,7 @@ class SparseLinear(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> "SparseLinear":
         if requires_grad:
-            raise UserError(
-                "packed weights cannot be trained: they are bits and codes, which have no gradient; "
-                "train the dense model that model.dequantize() gives, then prune and export it again"
-            )
+            raise UserError(ops.NO_TRAINING)
         return super().requires_grad_(False)
 
     def extra_repr(self) -> str:

@@ -100,7 +100,7 @@ def _write(
             if name not in written:
                 writer.write({name: checkpoint.tensor(name)})
                 checkpoint.close()
-        result["bytes"]["after"] = sum(map(target.bytes, target.names()))
+        result["bytes"]["after"] = sum(file.stat().st_size for file in writer.work.glob("*.safetensors"))
         hashes: dict[str, Any] = {}
         writer.prepare_to_finish(hashes)
         _write_config(writer.work / "config.json", pieces)
@@ -166,7 +166,7 @@ def _result(skeleton: Skeleton, pieces: list[Piece], warnings: list[str]) -> dic
     layouts = Counter(piece.packed.layout for piece in pieces)
     layouts["ordinary"] = len(linear | tables) - len(pieces)
     return {
-        "bytes": {"before": sum(map(checkpoint.bytes, checkpoint.names())), "after": 0},
+        "bytes": {"before": sum(file.stat().st_size for file in checkpoint.files), "after": 0},
         **sizes,
         "linear_parameters": parameters,
         "bits_per_weight": 8 * sizes["linear"]["after"] / max(parameters, 1),
