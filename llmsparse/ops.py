@@ -40,10 +40,7 @@ class Stored:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight (out, in)."""
-        whole = torch.empty(self.packed.shape, dtype=dtype, device=next(iter(self.tensors.values())).device)
-        for first, last in bits.panels(*self.packed.shape):
-            whole[first:last] = self.weight(first, last, dtype)
-        return whole
+        return self.packed.dense(self.tensors, dtype, self.starts)
 
     @cached_property
     def native(self) -> Product | None:

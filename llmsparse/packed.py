@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsparse import plugins
+from llmsparse.bits import panels
 from llmsparse.errors import UserError
 from llmsparse.values import Values
 
@@ -141,6 +142,18 @@ class Packed:
         """The weights of rows ``first`` to ``last`` - 1: (rows, in)."""
         scales = tensors["scales"][first:last] if "scales" in tensors else None
         return self.kind.weight(self.numbers(tensors, first, last, starts), scales, dtype)
+
+    def dense(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        """The whole weight (out, in), unpacked a panel of rows at a time."""
+        if starts is None:
+            starts = self.starts(tensors)
+        dtype = dtype or self.kind.float_dtype or torch.float32
+        whole = torch.empty(self.shape, dtype=dtype, device=next(iter(tensors.values())).device)
+        for first, last in panels(*self.shape):
+            whole[first:last] = self.weight(tensors, first, last, dtype, starts)
+        return whole
 
 
 def smallest(numbers: Tensor, values: Values) -> Packed | None:
