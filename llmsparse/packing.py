@@ -155,13 +155,25 @@ class Numbers:
         if fitted:
             Grid.parse(str(values))
         self.asked_embeddings = embeddings
-        self.warnings: list[str] = []
+        self._warnings: list[str] = []
+        self.negative_zeros = 0  # in what was packed bit for bit so far
         if fitted and self.codes is None:
-            self.warnings.append(
+            self._warnings.append(
                 f"{values} values are the nearest to each weight alone; `llmsparse prune --values {values}` or "
                 f"`llmsparse quantize --values {values}`, which calibrate, lose less"
             )
         self._patterns = _patterns(checkpoint)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of the numbers, complete once all of them were asked for."""
+        if not self.negative_zeros:
+            return self._warnings
+        return [
+            *self._warnings,
+            f"{self.negative_zeros:,} weights are -0.0, which is stored as a value, since packing changes no bit; "
+            "add 0.0 to the weights to make them +0.0",
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Where the numbers came from."""
@@ -182,7 +194,9 @@ class Numbers:
         if kind is None:
             return None
         if kind.float_dtype is not None:
-            return kind, kind.numbers(self._weight(candidate)), None
+            numbers = kind.numbers(self._weight(candidate))
+            self.negative_zeros += int((numbers == torch.iinfo(numbers.dtype).min).sum())
+            return kind, numbers, None
         return kind, *self._fitted(candidate, Grid.parse(kind.name))
 
     def _kind(self, candidate: Candidate) -> Values | None:
