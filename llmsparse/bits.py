@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PANEL = 1 << 20  # numbers worked on together: bounds what a conversion holds beside its input and its result
+PANEL = 1 << 18  # numbers worked on together: bounds what a conversion holds beside its input and its result
 
 
 def panels(rows: int, columns: int) -> Iterator[tuple[int, int]]:

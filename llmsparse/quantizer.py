@@ -44,12 +44,18 @@ def load(model: str | Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     register()
+    asked = options.pop("output_loading_info", False)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, **options)
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
     except UserError:
         raise
     except REFUSALS as error:
         raise UserError(f"{model} cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{model} lacks {len(missing)} weights, such as {missing[0]}; the checkpoint is incomplete, get it again"
+        )
+    return (loaded, info) if asked else loaded
 
 
 class PackedConfig(QuantizationConfigMixin):
