@@ -46,10 +46,10 @@ SHELLS = {
     "export": Shell(
         "llmsparse.export",
         "export",
-        "Write the pruned MODEL to OUT in a format that is as small as its zeros.",
+        "Write the pruned MODEL into OUT in a format that its zeros make small.",
     ),
     "generate": Shell(
-        "llmsparse.generate", "generate", "Continue a prompt with MODEL, dense, pruned or packed."
+        "llmsparse.generate", "generate", "Continue a prompt with MODEL: dense, pruned or packed."
     ),
     "compare": Shell(
         "llmsparse.compare", "compare", "One table of several runs, and what must not be compared."

@@ -46,11 +46,12 @@ def load(model: str | Path, **options: Any) -> Any:
     register()
     asked = options.pop("output_loading_info", False)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+        both: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
     except UserError:
         raise
     except REFUSALS as error:
         raise UserError(f"{model} cannot be loaded: {first_line(error)}") from error
+    loaded, info = both
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{model} lacks {len(missing)} weights, such as {missing[0]}; the checkpoint is incomplete, get it again"
