@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llmsparse.checkpoint import Checkpoint
@@ -23,6 +24,10 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    if checkpoint.is_packed:
+        from llmsparse.quantizer import register
+
+        register()
     try:
         with _no_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -32,7 +37,16 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         raise UserError(
             f"{checkpoint.folder} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error

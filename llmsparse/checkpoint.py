@@ -134,9 +134,18 @@ class Checkpoint:
             ) from error
 
     @property
+    def is_packed(self) -> bool:
+        """Whether weights are stored as docs/format.md says."""
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        found = config.get("quantization_config") if isinstance(config, dict) else None
+        return isinstance(found, dict) and found.get("quant_method") == "llmsparse"
+
+    @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of most of the floating-point tensors."""
-        dtypes = [dtype for name in self.names() if (dtype := self.dtype(name)).is_floating_point]
+        """The dtype of most of the floating-point tensors; the scales of packed weights do not count."""
+        packed = self.is_packed
+        names = [name for name in self.names() if not (packed and name.endswith(".scales"))]
+        dtypes = [dtype for name in names if (dtype := self.dtype(name)).is_floating_point]
         return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
 
     def sha256(self) -> dict[str, str]:

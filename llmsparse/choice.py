@@ -45,7 +45,9 @@ def signature(stored: Any, dtype: torch.dtype) -> str:
     return ", ".join(facts)
 
 
-def decide(key: str, packed: Sequence[Callable[[Tensor], Tensor]], dense: Sequence[Tensor], x: Tensor) -> Timing:
+def decide(
+    key: str, packed: Sequence[Callable[[Tensor], Tensor]], dense: Sequence[Tensor], x: Tensor
+) -> Timing:
     """The timing of ``key``, remembered in the user's cache or taken now: ``packed`` products against ``dense`` weights.
 
     Several of each, where there are some, so that weights come from memory and not from cache.
@@ -81,4 +83,8 @@ def _read(file: Path) -> dict[str, list[float]]:
         found = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, list) and len(v) == 2} if isinstance(found, dict) else {}
+    return (
+        {k: v for k, v in found.items() if isinstance(v, list) and len(v) == 2}
+        if isinstance(found, dict)
+        else {}
+    )

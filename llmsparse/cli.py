@@ -43,6 +43,14 @@ SHELLS = {
     "eval": Shell(
         "llmsparse.eval.evaluate", "evaluate", "What MODEL is worth, alone or beside its dense parent."
     ),
+    "export": Shell(
+        "llmsparse.export",
+        "export",
+        "Write the pruned MODEL to OUT in a format that is as small as its zeros.",
+    ),
+    "generate": Shell(
+        "llmsparse.generate", "generate", "Continue a prompt with MODEL, dense, pruned or packed."
+    ),
     "compare": Shell(
         "llmsparse.compare", "compare", "One table of several runs, and what must not be compared."
     ),
@@ -57,7 +65,7 @@ SHELLS = {
     "list": Shell("llmsparse.cli", "choices", "What there is to choose from: solvers, patterns..."),
     "demo": Shell("llmsparse.demo", "demo", "Prune a small model each way; its perplexity before and after."),
 }
-PYTHON_ONLY = {"progress"}  # parameters that are no options
+PYTHON_ONLY = {"progress", "write"}  # parameters that are no options
 EXAMPLES = ("50%", "1:4", "2:4", "3:4", "4:8", "8:16")
 METAVARS = {
     "set": "KEY=VALUE",
@@ -73,6 +81,7 @@ METAVARS = {
     "markdown": "FILE",
     "generate": "N",
     "limit": "N",
+    "prompt": "TEXT",
     "stride": "N",
 }
 HELP = {
@@ -93,6 +102,11 @@ HELP = {
     "context": "tokens a window",
     "windows": "score only the first so many windows",
     "against": "a dense model to compare with: fidelity, flips, the ability kept",
+    "format": "one of `llmsparse list exporters`",
+    "prompt": "the text to continue",
+    "max_new_tokens": "stop after so many tokens",
+    "temperature": "0 takes the likeliest token, larger values draw more freely",
+    "chat": "put the prompt into the model's chat template, as a user's message",
     "keep": "where the pruned checkpoints stay (default: they are removed)",
     "kind": "solvers, patterns... (default: everything)",
     "json": "print one JSON document on standard output and nothing else there",
@@ -106,6 +120,12 @@ HELP_OF = {  # where a name means less than it does to prune
     ("bench", "threads"): "thread counts, separated by commas",
     ("bench", "tokens"): "tokens a product, 1 to 8",
     ("bench", "calls"): "timed products of each shape, at least",
+    (
+        "export",
+        "values",
+    ): "bf16, fp16, fp32, int8, int4:32 (default: the codes beside MODEL, else bit for bit)",
+    ("export", "embeddings"): "keep, int8, int4:32 (default: as the codes, else int8 with integer values)",
+    ("generate", "seed"): "draws the same tokens again",
     ("demo", "samples"): "calibration windows",
     ("demo", "sequence_length"): "tokens a window",
     ("demo", "windows"): "windows that are scored",
@@ -223,8 +243,11 @@ def run(command: str, given: dict[str, Any], as_json: bool) -> None:
     speaks = os.environ.get("RANK", "0") in ("", "0")  # of several processes the first one speaks
     progress = progress_for(sys.stderr, as_json or not speaks)
     function = SHELLS[command].load()
-    if "progress" in inspect.signature(function).parameters:
+    taken = inspect.signature(function).parameters
+    if "progress" in taken:
         given = {**given, "progress": progress}
+    if "write" in taken and not as_json:
+        given = {**given, "write": _write}
     with _streams(speaks, as_json):
         try:
             with progress:
@@ -238,6 +261,12 @@ def run(command: str, given: dict[str, Any], as_json: bool) -> None:
             _end(f"error: {explanation}", 2)
     if speaks:
         _print(command, result, as_json)
+
+
+def _write(text: str) -> None:
+    """Show text at once, as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def explain(error: Exception, given: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """The zeros of a checkpoint: each weight's sparsity and the strictest n:m pattern that it satisfies."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from llmsparse.checkpoint import Checkpoint
+from llmsparse.errors import UserError
+from llmsparse.packed import VERSION, Packed
 
 GROUPS = (2, 4, 8, 16)  # the m of n:m that are looked for
 PIECE = 1 << 24  # elements looked at together; bounds the memory beside the tensor itself
@@ -27,19 +30,54 @@ def inspect(
     checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
     weights, parameters, zeros = [], 0, 0
     try:
-        for name in checkpoint.names():
-            if not checkpoint.dtype(name).is_floating_point:
-                continue  # a buffer, or packed integers: no weights
-            tensor = checkpoint.tensor(name)
+        for name, dtype, tensor in _tensors(checkpoint):
             row = _measure(tensor)
             parameters += tensor.numel()
             zeros += row["zeros"]
             if tensor.ndim in (2, 3):
-                dtype = str(tensor.dtype).removeprefix("torch.")
                 weights.append({"name": name, "shape": list(tensor.shape), "dtype": dtype, **row})
     finally:
         checkpoint.close()
     return {"model": str(model), "weights": weights, "totals": _totals(weights, parameters, zeros)}
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Tensor]]:
+    """Name, what it is stored as, and values of each tensor that holds weights; packed ones are unpacked."""
+    packed = packed_weights(checkpoint) if checkpoint.is_packed else {}
+    parts = {f"{stem}.{part}" for stem, weight in packed.items() for part in weight.tensors()}
+    for name in checkpoint.names():
+        if name not in parts and checkpoint.dtype(name).is_floating_point:  # others are buffers
+            tensor = checkpoint.tensor(name)
+            yield name, str(tensor.dtype).removeprefix("torch."), tensor
+    for stem, weight in packed.items():
+        tensors = {part: checkpoint.tensor(f"{stem}.{part}") for part in weight.tensors()}
+        weight.check(stem, tensors)
+        stored = f"{weight.values} ({weight.layout})"
+        yield f"{stem}.weight", stored, weight.dense(tensors)
+
+
+def packed_weights(checkpoint: Checkpoint) -> dict[str, Packed]:
+    """The packed weights by what their tensors' names begin with on disk, which may lack the module path's prefix.
+
+    Raises:
+        UserError: config.json or the files are not what docs/format.md says.
+    """
+    config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))["quantization_config"]
+    if config.get("version") != VERSION or not isinstance(config.get("weights"), dict):
+        raise UserError(
+            f"{checkpoint.folder}: packed format version {config.get('version')!r} is unknown or without weights; "
+            f"this llmsparse reads version {VERSION}"
+        )
+    names, found = set(checkpoint.names()), {}
+    for path, entry in config["weights"].items():
+        weight = Packed.parse(path, entry)
+        first = next(iter(weight.tensors()))
+        stems = [path[cut:] for cut in (0, *(i + 1 for i, c in enumerate(path) if c == "."))]
+        stem = next((stem for stem in stems if f"{stem}.{first}" in names), path)
+        headers = {p: f"{stem}.{p}" for p in weight.tensors() if f"{stem}.{p}" in names}
+        weight.check_shapes(path, {p: (checkpoint.dtype(n), checkpoint.shape(n)) for p, n in headers.items()})
+        found[stem] = weight
+    return found
 
 
 def _totals(weights: list[dict[str, Any]], parameters: int, zeros: int) -> dict[str, Any]:

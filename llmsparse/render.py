@@ -140,6 +140,44 @@ def doctor(result: Row) -> RenderableType:
     return Group(_table(("native kernels", ""), rows), *map(Text, lines))
 
 
+def export(result: Row) -> RenderableType:
+    """Bytes before and after, and how the weights are laid out."""
+    rows = [
+        (
+            name,
+            byte_size(sizes["before"]),
+            byte_size(sizes["after"]),
+            f"{sizes['after'] / max(sizes['before'], 1):.1%}",
+        )
+        for name, sizes in (
+            ("files", result["bytes"]),
+            ("linear weights", result["linear"]),
+            ("embedding and output tables", result["embeddings"]),
+        )
+    ]
+    layouts = ", ".join(f"{count} {name}" for name, count in result["layouts"].items())
+    lines = [
+        f"{result['bits_per_weight']:.2f} bits for each linear weight; {layouts}",
+        *(f"warning: {text}" for text in result["warnings"]),
+        f"written to {result['out']} in {duration(result['seconds'])}",
+        f"next: {shlex.join(['llmsparse', 'generate', result['out'], '--prompt', 'Once upon a time'])}",
+    ]
+    return Group(_table(("", "before >", "after >", "of it >"), rows), *map(Text, lines))
+
+
+def generate(result: Row) -> RenderableType:
+    """Speed; the text was shown while it came."""
+    prompt, written = result["prompt_tokens"], result["new_tokens"]
+    return Text(
+        f"\nprompt: {prompt} tokens, {_rate(result['prompt_tokens_per_second'])}; "
+        f"text: {written} tokens, {_rate(result['tokens_per_second'])}"
+    )
+
+
+def _rate(value: float | None) -> str:
+    return "too few to time" if value is None else f"{value:.1f} tokens/s"
+
+
 def choices(result: Row) -> RenderableType:
     """A table for each kind: its names, and what each is."""
     tables = (
@@ -161,6 +199,8 @@ SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "plan": plan,
     "eval": evaluate,
     "inspect": inspect,
+    "export": export,
+    "generate": generate,
     "compare": compare,
     "report": report,
     "bench": bench,

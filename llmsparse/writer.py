@@ -217,11 +217,12 @@ class Writer:
             self._write_index()
             report["files"] = {f.name: file_sha256(f) for f in sorted(self.work.glob("*.safetensors"))}
 
-    def finish(self, report: dict[str, Any]) -> None:
-        """Add ``report.json`` and rename the work folder to OUT; the journal goes last, so nothing is lost before."""
+    def finish(self, report: dict[str, Any] | None) -> None:
+        """Add ``report.json``, if any, and rename the work folder to OUT; the journal goes last: nothing is lost before."""
         with disk_errors(self.out):
-            text = json.dumps(finite(report), indent=1, allow_nan=False)
-            (self.work / "report.json").write_text(text + "\n")
+            if report is not None:
+                text = json.dumps(finite(report), indent=1, allow_nan=False)
+                (self.work / "report.json").write_text(text + "\n")
             if self.out.is_dir() and any(self.out.iterdir()):
                 self.out.rename(self.old)
             self.work.rename(self.out)

@@ -1,0 +1,57 @@
+"""Turn a pruned checkpoint into what a runtime loads: the part that every target shares."""
+
+from pathlib import Path
+from typing import Any
+
+from llmsparse import plugins
+from llmsparse.checkpoint import Checkpoint
+from llmsparse.errors import UserError
+from llmsparse.progress import Quiet
+from llmsparse.writer import Writer
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str = "packed",
+    values: str | None = None,
+    embeddings: str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Write ``model`` into the new folder ``out`` in ``format``, tensor by tensor; it appears whole or not at all.
+
+    ``values``: how kept weights are stored: ``bf16``, ``fp16``, ``fp32`` (bit for bit), ``int8``, ``int4:32``...;
+    default: the codes beside the model where prune or quantize wrote some, else the dtype that they have.
+    ``embeddings``: ``keep``, ``int8``, ``int4:32``...; default: as the codes beside the model, else int8 with integer
+    values. Returns ``bytes``, ``linear``, ``embeddings`` (bytes before and after), ``bits_per_weight``, ``layouts``
+    (how many weights each has) and ``warnings``.
+
+    Raises:
+        UserError: no checkpoint, one that is packed or quantised already, an ``out`` that holds something,
+            an unknown format or values, weights that are not what the codes beside them say.
+    """
+    exporter = plugins.load("exporters", format)
+    checkpoint = Checkpoint.open(model, revision, token, cache_dir)
+    _refuse_quantised(checkpoint, model, trust_remote_code)
+    Writer.check_target(out, overwrite, checkpoint.folder)
+    result = exporter.export(
+        checkpoint, Path(out), values=values, embeddings=embeddings, overwrite=overwrite,
+        trust_remote_code=trust_remote_code, progress=progress or Quiet(),
+    )  # fmt: skip
+    return {"model": str(model), "out": str(out), "format": format, **result}
+
+
+def _refuse_quantised(checkpoint: Checkpoint, model: str | Path, trust_remote_code: bool) -> None:
+    quantised = getattr(checkpoint.config(trust_remote_code), "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method == "llmsparse":
+        raise UserError(f"{model} is packed already; export the folder that prune wrote")
+    raise UserError(f"{model} is quantised ({method}); export an unquantised checkpoint")

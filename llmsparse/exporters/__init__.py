@@ -1,0 +1,1 @@
+"""What a pruned checkpoint can be turned into: one target a file."""

@@ -1,0 +1,85 @@
+"""What a module with a packed weight holds: the tensors of docs/format.md as buffers of the same names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse import ops
+from llmsparse.ops import Stored
+from llmsparse.packed import Packed
+
+
+def hold(module: Any, packed: Packed, dtype: torch.dtype) -> None:
+    """Give ``module`` the buffers of ``packed`` in their final shapes, to be filled by a loader.
+
+    ``dtype``: of the dense weight that it stands for.
+    """
+    module.packed = packed
+    module.dtype = dtype
+    module.key = packed.key
+    module.parts = tuple(packed.tensors())  # names of the buffers that the operators take
+    for name, (part, shape) in packed.tensors().items():
+        module.register_buffer(name, torch.empty(shape, dtype=part, device="meta"))
+    module._stored = None
+
+
+def ready(module: Any, path: str) -> None:
+    """After loading: check the tensors, and find where the rows start.
+
+    Raises:
+        UserError: a tensor is not what the format allows.
+    """
+    keep_scales(module)
+    tensors = {name: getattr(module, name) for name in module.packed.tensors()}
+    module.packed.check(path, tensors)
+    starts = module.packed.starts(tensors)
+    if starts is not None:
+        module.register_buffer("starts", starts, persistent=False)
+        module.parts = (*tensors, "starts")
+    module._stored = None
+
+
+def moved(module: Any, fn: Callable[[Tensor], Tensor]) -> None:
+    """After ``fn`` moved or cast every tensor of ``module``."""
+    module.dtype = fn(torch.empty(0, dtype=module.dtype)).dtype
+    keep_scales(module)
+
+
+def keep_scales(module: Any) -> None:
+    """Scales are BF16 again, which no dtype of a model loses; addresses are forgotten."""
+    if "scales" in module._buffers:
+        module._buffers["scales"] = module._buffers["scales"].to(torch.bfloat16)
+    module._stored = None
+
+
+def no_weight(module: Any, shape: tuple[int, ...]) -> Tensor:
+    """A shape and a dtype on the meta device, for code that asks a layer's weight for them; it has no values."""
+    return torch.empty(shape, dtype=module.dtype, device="meta")
+
+
+def linear(module: Any, x: Tensor) -> Tensor:
+    """x (..., in) times the transposed weight of ``module``."""
+    tensors = _tensors(module)
+    if ops.through_operators(x, tensors):
+        return torch.ops.llmsparse.packed_linear(x, tensors, module.key)
+    return ops.linear(stored(module), x)
+
+
+def gather(module: Any, ids: Tensor) -> Tensor:
+    """The rows of the table of ``module`` that ``ids`` names."""
+    if torch.compiler.is_compiling():
+        return torch.ops.llmsparse.packed_gather(ids, _tensors(module), module.key, module.dtype)
+    return ops.gather(stored(module), ids, module.dtype)
+
+
+def stored(module: Any) -> Stored:
+    """The weight of ``module`` as kernels take it, made once for each place that it lies in."""
+    if module._stored is None:
+        module._stored = Stored(module.packed, _tensors(module))
+    return module._stored
+
+
+def _tensors(module: Any) -> list[Tensor]:
+    return [getattr(module, name) for name in module.parts]

@@ -1,0 +1,170 @@
+"""The operators of packed weights, a product and a gather: torch everywhere, a native kernel where there is one."""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from llmsparse import bits
+from llmsparse.errors import UserError
+from llmsparse.packed import Packed
+
+Product = Callable[[Tensor], Tensor | None]  # x (..., in) -> (..., out), or None: not for this x
+
+
+NO_TRAINING = (
+    "packed weights cannot be trained: they are bits and codes, which have no gradient; "
+    "train the dense model that model.dequantize() gives, then prune and export it again"
+)
+
+
+class SlowProduct(UserWarning):
+    """Packed weights are unpacked for every product."""
+
+
+class Stored:
+    """One packed weight in memory: its tensors in the format's order, then where its rows start, if that varies."""
+
+    def __init__(self, packed: Packed, tensors: Sequence[Tensor]) -> None:
+        names = packed.tensors()
+        self.packed = packed
+        self.tensors = dict(zip(names, tensors, strict=False))
+        self.starts = tensors[len(names)] if len(tensors) > len(names) else None
+
+    def weight(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights of rows ``first`` to ``last`` - 1: (rows, in)."""
+        return self.packed.weight(self.tensors, first, last, dtype, self.starts)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight (out, in)."""
+        return self.packed.dense(self.tensors, dtype, self.starts)
+
+    @cached_property
+    def native(self) -> Product | None:
+        return native(self)
+
+
+def native(stored: Stored) -> Product | None:
+    """The native kernel for this weight, made once; None where there is none: the place to plug one in."""
+    return None
+
+
+def why_not_native(x: Tensor) -> str:
+    """Why ``x`` is multiplied by torch."""
+    return (
+        "the CPU library was not built"
+        if x.device.type == "cpu"
+        else f"there is no kernel for {x.device.type}"
+    )
+
+
+def through_operators(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether ``torch.compile`` or autograd must see the operators; else a direct call spares the dispatcher's time.
+
+    Raises:
+        UserError: a packed tensor is to be trained.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    if any(tensor.requires_grad for tensor in tensors):
+        raise UserError(NO_TRAINING)
+    return x.requires_grad
+
+
+def linear(stored: Stored, x: Tensor) -> Tensor:
+    """x (..., in) times the transposed weight: (..., out); no gradients."""
+    if stored.native is not None and (found := stored.native(x)) is not None:
+        return found
+    _warn_once(why_not_native(x))
+    return linear_reference(stored, x)
+
+
+def linear_reference(stored: Stored, x: Tensor) -> Tensor:
+    """Unpacked a panel of rows at a time, so that the dense weight never exists."""
+    out, columns = stored.packed.shape
+    found = x.new_empty(*x.shape[:-1], out)
+    for first, last in bits.panels(out, columns):
+        found[..., first:last] = torch.nn.functional.linear(x, stored.weight(first, last, x.dtype))
+    return found
+
+
+def gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table by number: ids (...) -> (..., width)."""
+    flat = ids.reshape(-1)
+    rows = {name: tensor[flat] for name, tensor in stored.tensors.items()}
+    numbers = stored.packed.format.rows(stored.packed, rows["codes"])
+    weight = stored.packed.kind.weight(numbers, rows["scales"], dtype)
+    return weight.view(*ids.shape, stored.packed.shape[1])
+
+
+@torch.library.custom_op("llmsparse::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    """``linear`` for ``torch.compile``, ``torch.export`` and autograd."""
+    return linear(Stored(_packed(key), tensors), x)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _packed(key).shape[0])
+
+
+@torch.library.custom_op("llmsparse::packed_linear_input_gradient", mutates_args=())
+def packed_linear_input_gradient(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    """The gradient with respect to x: gradient (..., out) times the weight, in panels of rows."""
+    stored = Stored(_packed(key), tensors)
+    out, columns = stored.packed.shape
+    exact = torch.promote_types(gradient.dtype, torch.float32)
+    found = torch.zeros(*gradient.shape[:-1], columns, dtype=exact, device=gradient.device)
+    for first, last in bits.panels(out, columns):
+        found += gradient[..., first:last] @ stored.weight(first, last, gradient.dtype)
+    return found.to(gradient.dtype)
+
+
+@packed_linear_input_gradient.register_fake
+def _(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], _packed(key).shape[1])
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, tensors, ctx.key = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, gradient: Tensor):
+    found = torch.ops.llmsparse.packed_linear_input_gradient(gradient, list(ctx.saved_tensors), ctx.key)
+    return found, [None] * len(ctx.saved_tensors), None
+
+
+packed_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("llmsparse::packed_gather", mutates_args=())
+def packed_gather(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
+    """``gather`` for ``torch.compile`` and ``torch.export``."""
+    return gather(Stored(_packed(key), tensors), ids, dtype)
+
+
+@packed_gather.register_fake
+def _(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, _packed(key).shape[1], dtype=dtype)
+
+
+@lru_cache(maxsize=4096)
+def _packed(key: str) -> Packed:
+    return Packed.parse("a packed weight", json.loads(key))
+
+
+@lru_cache(maxsize=1)
+def _warned() -> set[str]:
+    return set()
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned():
+        _warned().add(reason)
+        warnings.warn(f"packed weights are unpacked for every product: {reason}", SlowProduct, stacklevel=3)

@@ -1,0 +1,115 @@
+"""Damaged packed folders: an error in words, or a load that an independent reader agrees with; never a crash."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+import llmsparse
+from llmsparse import held
+from llmsparse.errors import UserError
+from tests.formats.layout import read
+from tests.packed_tiny import packed
+
+HOSTILE: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 3, 7, 255, 1 << 31, 1 << 63, 1 << 200, 0.5, 1e308, "", "int8", "int4:1", "int4:0",
+    "int4:9999999", "bf16", "fp32", "nm", "dense", "bitmask", "../..", [], [0, 0], [1, 1], [64, 32], [32, 64],
+    [-1, -1], [1 << 62, 1 << 62], ["a"], {}, {"a": 1}, ["lm_head"], ["model.embed_tokens"],
+)  # fmt: skip
+KEYS = ("layout", "values", "shape", "nnz", "size", "n", "m", "pattern", "tied")
+
+
+def damage(folder: Path, seed: int) -> str:
+    """Change the folder in the way that ``seed`` draws; returns what was done. A property tester may draw seeds."""
+    draw = random.Random(seed)
+    kind = draw.choice(("truncate", "header", "data", "data", "config", "config", "config"))
+    if kind == "config":
+        return kind + _damage_config(folder / "config.json", draw)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    if kind == "truncate":
+        cut = draw.randrange(len(data))
+        file.write_bytes(data[:cut])
+        return f"truncate to {cut}"
+    low, high = (0, header) if kind == "header" else (header, len(data))
+    places = [draw.randrange(low, high) for _ in range(draw.choice((1, 1, 1, 4)))]
+    for place in places:
+        data[place] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+    return f"{kind} at {places}"
+
+
+def _damage_config(file: Path, draw: random.Random) -> str:
+    config = json.loads(file.read_text())
+    quantization = config["quantization_config"]
+    path = draw.choice(sorted(quantization["weights"]))
+    entry, key, value = quantization["weights"][path], draw.choice(KEYS), draw.choice(HOSTILE)
+    what = draw.randrange(6)
+    if what == 0:
+        quantization[draw.choice(("version", "weights"))] = value
+    elif what == 1:
+        quantization["weights"][path] = value
+    elif what == 2:
+        quantization["weights"][draw.choice(("", "model", "lm_head", "model.norm", "no.such"))] = entry
+    elif what == 3:
+        entry.pop(key, None)
+    else:
+        entry[key] = value
+    file.write_text(json.dumps(config))
+    return f" {what} {path} {key} {value!r}"
+
+
+def outcome(folder: Path) -> str:
+    """``refused``, or ``loaded`` when every packed weight is what the independent reader finds in the files."""
+    try:
+        model = llmsparse.load(folder, dtype=torch.float32)
+    except UserError as error:
+        assert len(str(error)) > 20
+        return "refused"
+    files = load_file(folder / "model.safetensors")
+    entries = json.loads((folder / "config.json").read_text())["quantization_config"]["weights"]
+    for path, entry in entries.items():
+        module = model.get_submodule(path)
+        parts = {name: files[f"{path}.{name}"] for name in module.packed.tensors()}
+        found = held.stored(module).dense(torch.float32).numpy()
+        with np.errstate(all="ignore"):
+            wanted = read(entry, parts)
+        same = (found.view(np.int32) == wanted.view(np.int32)) | (np.isnan(found) & np.isnan(wanted))
+        assert same.all(), f"{path} is not what docs/format.md says"
+    return "loaded"
+
+
+def _run(tmp_path: Path, seeds: range) -> dict[str, int]:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    sources = [packed(tmp_path / str(v), values=v) for v in (None, "int8", "int4:32")]
+    outcomes = {"refused": 0, "loaded": 0}
+    for seed in seeds:
+        folder = tmp_path / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sources[seed % 3], folder)
+        done = damage(folder, seed)
+        try:
+            outcomes[outcome(folder)] += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {done}") from error
+    return outcomes
+
+
+def test_two_hundred_damaged_folders_are_refused_or_read_right(tmp_path: Path) -> None:
+    outcomes = _run(tmp_path, range(200))
+    assert min(outcomes.values()) > 10, outcomes
+
+
+@pytest.mark.long
+def test_two_thousand_damaged_folders_are_refused_or_read_right(tmp_path: Path) -> None:
+    outcomes = _run(tmp_path, range(200, 2200))
+    assert min(outcomes.values()) > 100, outcomes
