@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llmsparse"
+LEFT_OUT = shutil.ignore_patterns(
+    ".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks", "*.so"
+)
 
 
 def python(code: str, cwd: Path = ROOT) -> str:
@@ -27,10 +30,7 @@ def run(*command: str, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the sources, so that no stale build folder can add to it."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    left_out = shutil.ignore_patterns(
-        ".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks"
-    )
-    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out, dirs_exist_ok=True)
+    shutil.copytree(ROOT, source, symlinks=True, ignore=LEFT_OUT, dirs_exist_ok=True)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=source)
     return next(out.glob("*.whl"))
 
@@ -40,8 +40,9 @@ def test_only_llmsparse_is_importable_from_the_wheel(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_every_module_of_every_package_folder(wheel: Path) -> None:
-    folders = [PACKAGE, *(f for f in PACKAGE.iterdir() if (f / "__init__.py").is_file())]
-    assert {"solvers", "kernels", "eval"} <= {folder.name for folder in folders}
+    inner = [*PACKAGE.glob("*/__init__.py"), *PACKAGE.glob("*/*/__init__.py")]
+    folders = [PACKAGE, *(file.parent for file in inner)]
+    assert {"solvers", "kernels", "cpu", "eval"} <= {folder.name for folder in folders}
     expected = {f.relative_to(ROOT).as_posix() for folder in folders for f in folder.glob("*.py")}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == expected
 
@@ -50,6 +51,33 @@ def test_the_wheel_holds_what_is_read_beside_the_modules(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for file in (*PACKAGE.glob("eval/tasks/*.yaml"), *PACKAGE.glob("*.jinja")):
         assert file.relative_to(ROOT).as_posix() in names
+
+
+def test_the_wheel_holds_the_native_kernels_and_not_their_sources(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if "/kernels/cpu/" in name}
+    assert not [name for name in names if name.endswith((".c", ".h"))]
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc to build them")
+    assert "llmsparse/kernels/cpu/native.abi3.so" in names
+
+
+def test_llmsparse_installs_without_a_c_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=LEFT_OUT)
+    monkeypatch.setenv("CC", "false")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps")
+    run(*pip, "--target", str(target), str(source), cwd=tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); from llmsparse.kernels.cpu import library\n"
+        f"assert library.__file__.startswith({str(target)!r}); print(library.available())"
+    )
+    assert "the native kernels are not built" in python(code, cwd=tmp_path)
+
+
+def test_the_build_names_every_c_file() -> None:
+    build = (ROOT / "pyproject.toml").read_text()
+    for file in (ROOT / "kernels" / "cpu").glob("*.[ch]"):
+        assert f'"kernels/cpu/{file.name}"' in build
 
 
 def test_the_wheel_carries_its_licence_and_its_command(wheel: Path) -> None:

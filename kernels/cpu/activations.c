@@ -3,6 +3,9 @@
  * A quantised activation is a sign and a magnitude of 8 bits, times a scale for each token and block: an outlier
  * costs precision in its own 64 columns only, and a signed code needs no correction for a zero point. */
 #include "activations.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 static int64_t padded_tokens(int64_t tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8; }
 
@@ -78,11 +81,16 @@ static float quantise(const float *block, uint8_t *magnitudes)
 
 static uint64_t signs_of(const float *block)
 {
-    uint32_t bits[BLOCK];
     uint64_t signs = 0;
+#if defined(__x86_64__)
+    for (int i = 0; i < BLOCK; i += 4)
+        signs |= (uint64_t)_mm_movemask_ps(_mm_loadu_ps(block + i)) << i;
+#else
+    uint32_t bits[BLOCK];
     memcpy(bits, block, sizeof bits);
     for (int i = 0; i < BLOCK; i++)
         signs |= (uint64_t)(bits[i] >> 31) << i;
+#endif
     return signs;
 }
 

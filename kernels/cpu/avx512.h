@@ -44,6 +44,19 @@ INLINE __m512i expand_words(__mmask32 mask, __m512i values)
     return _mm512_mask_expand_epi16(fresh_zero(), mask, in_register(values));
 }
 
+/* 64 codes from a nibble on: each 64-bit lane takes the five bytes that hold its eight nibbles, a shift for each
+ * byte cuts them out, and a table turns a nibble into its code (the table repeats, so high bits do not matter). */
+INLINE __m512i codes_at(const uint8_t *values, int64_t place)
+{
+    __m512i bytes = _mm512_loadu_si512(values + place / 2);
+    __m512i spread = _mm512_set_epi64(0x232221201f1e1d1c, 0x1f1e1d1c1b1a1918, 0x1b1a191817161514, 0x1716151413121110,
+                                      0x131211100f0e0d0c, 0x0f0e0d0c0b0a0908, 0x0b0a090807060504, 0x0706050403020100);
+    __m512i shifts = _mm512_set1_epi64(0x1c1814100c080400 + 0x0404040404040404 * (place & 1));
+    __m512i table = _mm512_broadcast_i32x4(_mm_set_epi8(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8));
+    __m512i nibbles = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes));
+    return _mm512_permutexvar_epi8(nibbles, table);
+}
+
 /* Stores y of one row; `sums` holds CHAINS partial sums a token. */
 INLINE void store_row(const __m512 *sums, const int tokens, const struct activations *x, float scale, float *y,
                       int64_t rows)

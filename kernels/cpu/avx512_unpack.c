@@ -40,22 +40,35 @@ INLINE void unpack_bf16(const struct source *w, int64_t row, int bf16, void *out
     }
 }
 
-INLINE void unpack_int8(const struct source *w, int64_t row, int bf16, void *out)
+/* 64 codes times their scales, one for each 16 columns. */
+INLINE void store_codes(__m512i codes, const float *scales, uint64_t there, int bf16, void *out, int64_t column)
 {
-    const int8_t *values = (const int8_t *)row_values(w, row);
-    int64_t columns = w->matrix->columns;
-    __m512 scale = _mm512_set1_ps(from_bf16(w->matrix->scales[row]));
+    int8_t room[BLOCK];
+    _mm512_storeu_si512(room, codes);
+    for (int i = 0; i < 4; i++) {
+        __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(room + 16 * i)));
+        /* + 0, so that 0 times a negative scale is not -0 */
+        __m512 numbers = _mm512_fmadd_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(scales[i]), _mm512_setzero_ps());
+        store_floats(numbers, (__mmask16)(there >> 16 * i), bf16, out, column + 16 * i);
+    }
+}
+
+INLINE void unpack_codes(const struct source *w, int64_t row, int bf16, void *out, const int int4)
+{
+    const uint8_t *values = row_values(w, row), *mask = row_mask(w, row);
+    const uint16_t *row_scales = w->matrix->scales + row * w->groups;
+    int64_t columns = w->matrix->columns, group = w->matrix->group, place = 0;
     for (int64_t column = 0; column < columns; column += BLOCK) {
-        uint64_t mask = mask_word(row_mask(w, row), column, columns), there = columns_there(column, columns);
-        _mm_prefetch((const char *)values + PREFETCH, _MM_HINT_T0);
-        for (int i = 0; i < 4; i++, mask >>= 16, there >>= 16) {
-            __m128i codes = _mm_maskz_expand_epi8((__mmask16)mask, _mm_loadu_si128((const __m128i *)values));
-            values += _mm_popcnt_u32((uint16_t)mask);
-            __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-            /* + 0, so that 0 times a negative scale is not -0 */
-            numbers = _mm512_fmadd_ps(numbers, scale, _mm512_setzero_ps());
-            store_floats(numbers, (__mmask16)there, bf16, out, column + 16 * i);
+        uint64_t word = mask_word(mask, column, columns);
+        __m512i codes = int4 ? codes_at(values, place) : _mm512_loadu_si512(values + place);
+        float scales[4];
+        _mm_prefetch((const char *)values + (int4 ? place / 2 : place) + PREFETCH, _MM_HINT_T0);
+        for (int i = 0; i < 4; i++) {
+            int64_t first = column + 16 * i < columns ? column + 16 * i : column;
+            scales[i] = from_bf16(row_scales[int4 ? first / group : 0]);
         }
+        store_codes(expand_bytes(word, codes), scales, columns_there(column, columns), bf16, out, column);
+        place += _mm_popcnt_u64(word);
     }
 }
 
@@ -64,7 +77,9 @@ AVX512 void avx512_unpack(const struct source *w, int64_t row, int bf16, void *o
     if (w->matrix->kind == BF16)
         unpack_bf16(w, row, bf16, out);
     else if (w->matrix->kind == INT8)
-        unpack_int8(w, row, bf16, out);
+        unpack_codes(w, row, bf16, out, 0);
+    else if (w->matrix->kind == INT4 && w->matrix->group % 16 == 0)
+        unpack_codes(w, row, bf16, out, 1);
     else
         portable_isa.unpack(w, row, bf16, out);
 }

@@ -80,6 +80,18 @@ static void integer_rows(const struct source *w, const struct activations *x, in
     }
 }
 
+/* Codes of a block times the scales of their groups. */
+static void scale_codes(const struct matrix *m, const uint16_t *scales, int64_t column, const int8_t *codes,
+                        int64_t count, float *out)
+{
+    for (int64_t i = 0; i < count;) {
+        int64_t group = (column + i) / m->group, next = (group + 1) * m->group - column;
+        float scale = from_bf16(scales[group]);
+        for (int64_t stop = next < count ? next : count; i < stop; i++)
+            out[i] = codes[i] * scale + 0.0f; /* 0 times a negative scale is -0 without the sum */
+    }
+}
+
 /* A block of any kind as float32. */
 static int64_t unpack_block(const struct source *w, int64_t row, int64_t column, int64_t place, float *out)
 {
@@ -103,8 +115,7 @@ static int64_t unpack_block(const struct source *w, int64_t row, int64_t column,
     int8_t codes[BLOCK];
     place = m->kind == INT4 ? expand_4(codes, values, place, mask)
                             : expand_8(codes, (const int8_t *)values, place, mask);
-    for (int i = 0; i < count; i++) /* code 0 is +0 whatever the sign of the scale */
-        out[i] = codes[i] ? codes[i] * from_bf16(m->scales[row * w->groups + (column + i) / m->group]) : 0;
+    scale_codes(m, m->scales + row * w->groups, column, codes, count, out);
     return place;
 }
 
