@@ -2,8 +2,9 @@
 
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmsparse import held, native
 from llmsparse.atomic import write_whole
 from llmsparse.device import processor
+from llmsparse.errors import UserError
 from llmsparse.gguf_checkpoint import cache_folder
 from llmsparse.kernels.cpu import library
 
+VARIABLE = "LLMSPARSE_PRODUCTS"
+WAYS = ("measured", "packed", "dense")
 ROUNDS = 24
+COPIES = 3  # dense weights made for a timing: less than a block's
 LOG = logging.getLogger("llmsparse")
 
 
@@ -27,54 +33,85 @@ class Timing(NamedTuple):
     dense: float
 
     @property
-    def packed_wins(self) -> bool:
-        return self.packed <= self.dense
+    def dense_wins(self) -> bool:
+        return self.dense < self.packed
 
 
-def signature(stored: Any, dtype: torch.dtype) -> str:
+def choose(modules: Iterable[Any]) -> None:
+    """Let each packed layer multiply in the faster way here; a dense one keeps a dense copy of its weight.
+
+    ``LLMSPARSE_PRODUCTS`` may say ``packed`` or ``dense`` for all; else each kind of layer is timed with one token,
+    once on a machine, and the log says which way won.
+
+    Raises:
+        UserError: the variable says something else.
+    """
+    way = os.environ.get(VARIABLE) or WAYS[0]
+    if way not in WAYS:
+        raise UserError(f"{VARIABLE}={way} is unknown; use {', '.join(WAYS)}")
+    kinds: dict[str, list[Any]] = {}
+    for module in modules:
+        module.stays_dense = way == "dense"
+        x = torch.empty(
+            1, module.packed.shape[1], dtype=module.dtype, device=getattr(module, module.parts[0]).device
+        )
+        if way == "measured" and native.why_not(x) is None:
+            kinds.setdefault(_signature(module), []).append(module)
+    for key, members in kinds.items():
+        wins = _timing(key, members).dense_wins
+        for module in members:
+            module.stays_dense = wins
+            module._stored = None
+
+
+def _signature(module: Any) -> str:
     """What a time depends on: layout, values, shape, share of zeros in twentieths, dtype, threads, machine."""
-    packed = stored.packed
+    packed = module.packed
     rows, columns = packed.shape
     zeros = 1 - packed.nnz / (rows * columns) if packed.nnz >= 0 else 0.0
-    isa = next((name for name, why in library.available().items() if why is None), "none")
+    isa = next(name for name, why in library.available().items() if why is None)
     facts = (
         packed.layout, packed.values, f"{rows}x{columns}", f"{round(zeros * 20) * 5}% zeros",
-        str(dtype).removeprefix("torch."), f"{torch.get_num_threads()} threads", isa, f"torch {torch.__version__}",
-        processor(),
+        str(module.dtype).removeprefix("torch."), f"{torch.get_num_threads()} threads", isa,
+        f"torch {torch.__version__}", processor(),
     )  # fmt: skip
     return ", ".join(facts)
 
 
-def decide(
-    key: str, packed: Sequence[Callable[[Tensor], Tensor]], dense: Sequence[Tensor], x: Tensor
-) -> Timing:
-    """The timing of ``key``, remembered in the user's cache or taken now: ``packed`` products against ``dense`` weights.
-
-    Several of each, where there are some, so that weights come from memory and not from cache.
-    """
+def _timing(key: str, members: list[Any]) -> Timing:
+    """Remembered in the user's cache, or taken now; and told."""
     file = cache_folder() / "products.json"
     known = _read(file)
     if key not in known:
-        timing = _time(packed, dense, x)
-        known = {**_read(file), key: list(timing)}
+        known = {**_read(file), key: list(_measure(members[:COPIES]))}
         with suppress(OSError):  # a home that cannot be written to: timed again the next time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(known, indent=1))
     timing = Timing(*known[key])
-    won, say = ("packed", LOG.info) if timing.packed_wins else ("dense", LOG.warning)
+    won, say = ("dense", LOG.warning) if timing.dense_wins else ("packed", LOG.info)
     say("%s: packed %.1f µs, dense %.1f µs, %s is used", key, 1e6 * timing.packed, 1e6 * timing.dense, won)
     return timing
 
 
-def _time(packed: Sequence[Callable[[Tensor], Tensor]], dense: Sequence[Tensor], x: Tensor) -> Timing:
+def _measure(members: list[Any]) -> Timing:
+    """Several weights of each form in turn, so that they come from memory and not from cache."""
+    x = torch.randn(1, members[0].packed.shape[1]).to(members[0].dtype)
+    packed = [held.stored(module).product for module in members]
+    dense = [held.stored(module).dense(module.dtype) for module in members]
+    return time_forms(packed, [lambda x, w=w: torch.nn.functional.linear(x, w) for w in dense], x)
+
+
+def time_forms(
+    packed: Sequence[Callable[[Tensor], Tensor]], dense: Sequence[Callable[[Tensor], Tensor]], x: Tensor
+) -> Timing:
+    """The smallest time of each form, all in turn."""
     best = [float("inf"), float("inf")]
-    forms = [packed, [lambda x, w=w: torch.nn.functional.linear(x, w) for w in dense]]
-    for _ in range(max(ROUNDS // len(packed), 3)):
-        for index, products in enumerate(forms):
+    for _ in range(ROUNDS):
+        for form, products in enumerate((packed, dense)):
             for product in products:
                 begun = time.perf_counter()
                 product(x)
-                best[index] = min(best[index], time.perf_counter() - begun)
+                best[form] = min(best[form], time.perf_counter() - begun)
     return Timing(*best)
 
 

@@ -50,7 +50,8 @@ def generate(
     ids = _ids(tokenizer, prompt, chat, model)
     check_ids(checkpoint, ids, trust_remote_code)
     _check_length(checkpoint, ids.shape[1], max_new_tokens, trust_remote_code)
-    used = forward_dtype(dtype, checkpoint.stored_dtype, where)
+    stored = checkpoint.stored_dtype  # reading fewer bytes a token is what makes decoding fast
+    used = stored if dtype == "auto" else forward_dtype(dtype, stored, where)
     loaded = load_model(checkpoint, used, where, trust_remote_code)
     stream = _stream(tokenizer, write)
     _continue(loaded, ids.to(where), stream, max_new_tokens, temperature, seed)

@@ -23,6 +23,7 @@ def hold(module: Any, packed: Packed, dtype: torch.dtype) -> None:
     for name, (part, shape) in packed.tensors().items():
         module.register_buffer(name, torch.empty(shape, dtype=part, device="meta"))
     module._stored = None
+    module.stays_dense = False
 
 
 def ready(module: Any, path: str) -> None:
@@ -77,7 +78,7 @@ def gather(module: Any, ids: Tensor) -> Tensor:
 def stored(module: Any) -> Stored:
     """The weight of ``module`` as kernels take it, made once for each place that it lies in."""
     if module._stored is None:
-        module._stored = Stored(module.packed, _tensors(module))
+        module._stored = Stored(module.packed, _tensors(module), module.stays_dense)
     return module._stored
 
 

@@ -1,6 +1,7 @@
 """A packed weight multiplied by the native kernels: up to eight tokens at once, more through unpacked panels."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ def why_not(x: Tensor) -> str | None:
     """Why the native kernels do not multiply ``x``; None where they do."""
     if x.device.type != "cpu":
         return f"there is no kernel for {x.device.type} devices"
-    reasons = library.available()
-    if all(reasons.values()):
-        return "; ".join(f"{name}: {why}" for name, why in reasons.items())
-    if x.dtype not in DTYPES and x.dtype != torch.float16:
+    if x.dtype not in (*DTYPES, torch.float16):
         return f"there is no kernel for {x.dtype}"
-    return None
+    return _none_runs()
+
+
+@cache
+def _none_runs() -> str | None:
+    reasons = library.available()
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items()) if all(reasons.values()) else None
 
 
 def matrix(stored: Any) -> library.Matrix:
@@ -39,7 +43,7 @@ def _mask(stored: Any) -> Tensor:
     """The bitmask of an n:m weight's places, zeros among its values included."""
     packed = stored.packed
     masks = [
-        bits.pack_bits(packed.format.places(packed, stored.tensors, first, last))
+        bits.pack_bits(packed.format.kept(packed, stored.tensors, first, last))
         for first, last in bits.panels(*packed.shape)
     ]
     return torch.cat(masks)

@@ -7,13 +7,11 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from llmsparse import bits
+from llmsparse import bits, native
 from llmsparse.errors import UserError
 from llmsparse.packed import Packed
-
-Product = Callable[[Tensor], Tensor | None]  # x (..., in) -> (..., out), or None: not for this x
-
 
 NO_TRAINING = (
     "packed weights cannot be trained: they are bits and codes, which have no gradient; "
@@ -26,13 +24,18 @@ class SlowProduct(UserWarning):
 
 
 class Stored:
-    """One packed weight in memory: its tensors in the format's order, then where its rows start, if that varies."""
+    """One packed weight in memory: its tensors in the format's order, then where its rows start, if that varies.
 
-    def __init__(self, packed: Packed, tensors: Sequence[Tensor]) -> None:
+    ``stays_dense``: torch's dense product is faster here, and a dense copy is kept.
+    """
+
+    def __init__(self, packed: Packed, tensors: Sequence[Tensor], stays_dense: bool = False) -> None:
         names = packed.tensors()
-        self.packed = packed
+        self.packed, self.given = packed, tuple(tensors)
         self.tensors = dict(zip(names, tensors, strict=False))
         self.starts = tensors[len(names)] if len(tensors) > len(names) else None
+        self.stays_dense = stays_dense
+        self._dense: Tensor | None = None
 
     def weight(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """The weights of rows ``first`` to ``last`` - 1: (rows, in)."""
@@ -43,22 +46,15 @@ class Stored:
         return self.packed.dense(self.tensors, dtype, self.starts)
 
     @cached_property
-    def native(self) -> Product | None:
-        return native(self)
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """The native kernels' product with this weight, made once."""
+        return native.product(self)
 
-
-def native(stored: Stored) -> Product | None:
-    """The native kernel for this weight, made once; None where there is none: the place to plug one in."""
-    return None
-
-
-def why_not_native(x: Tensor) -> str:
-    """Why ``x`` is multiplied by torch."""
-    return (
-        "the CPU library was not built"
-        if x.device.type == "cpu"
-        else f"there is no kernel for {x.device.type}"
-    )
+    def kept_dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight (out, in), remembered."""
+        if self._dense is None or self._dense.dtype != dtype:
+            self._dense = self.dense(dtype)
+        return self._dense
 
 
 def through_operators(x: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -78,9 +74,11 @@ def through_operators(x: Tensor, tensors: Sequence[Tensor]) -> bool:
 
 def linear(stored: Stored, x: Tensor) -> Tensor:
     """x (..., in) times the transposed weight: (..., out); no gradients."""
-    if stored.native is not None and (found := stored.native(x)) is not None:
-        return found
-    _warn_once(why_not_native(x))
+    if stored.stays_dense:
+        return torch.nn.functional.linear(x, stored.kept_dense(x.dtype))
+    if (reason := native.why_not(x)) is None:
+        return stored.product(x)
+    _warn_once(reason)
     return linear_reference(stored, x)
 
 
@@ -105,7 +103,7 @@ def gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("llmsparse::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
     """``linear`` for ``torch.compile``, ``torch.export`` and autograd."""
-    return linear(Stored(_packed(key), tensors), x)
+    return linear(_stored(tensors, key), x)
 
 
 @packed_linear.register_fake
@@ -116,7 +114,7 @@ def _(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
 @torch.library.custom_op("llmsparse::packed_linear_input_gradient", mutates_args=())
 def packed_linear_input_gradient(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
     """The gradient with respect to x: gradient (..., out) times the weight, in panels of rows."""
-    stored = Stored(_packed(key), tensors)
+    stored = _stored(tensors, key)
     out, columns = stored.packed.shape
     exact = torch.promote_types(gradient.dtype, torch.float32)
     found = torch.zeros(*gradient.shape[:-1], columns, dtype=exact, device=gradient.device)
@@ -146,7 +144,7 @@ packed_linear.register_autograd(_backward, setup_context=_keep)
 @torch.library.custom_op("llmsparse::packed_gather", mutates_args=())
 def packed_gather(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
     """``gather`` for ``torch.compile`` and ``torch.export``."""
-    return gather(Stored(_packed(key), tensors), ids, dtype)
+    return gather(_stored(tensors, key), ids, dtype)
 
 
 @packed_gather.register_fake
@@ -157,6 +155,17 @@ def _(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> T
 @lru_cache(maxsize=4096)
 def _packed(key: str) -> Packed:
     return Packed.parse("a packed weight", json.loads(key))
+
+
+_known = WeakTensorKeyDictionary()  # a packed weight's first tensor -> its Stored, as long as it lives
+
+
+def _stored(tensors: Sequence[Tensor], key: str) -> Stored:
+    """Made once for the same tensors: a kernel's view of a weight counts its bits."""
+    found = _known.get(tensors[0])
+    if found is None or any(a is not b for a, b in zip(found.given, tensors, strict=True)):
+        found = _known[tensors[0]] = Stored(_packed(key), tensors)
+    return found
 
 
 @lru_cache(maxsize=1)

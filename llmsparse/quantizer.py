@@ -14,7 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmsparse import held, packed_embedding
+from llmsparse import choice, held, packed_embedding
 from llmsparse.checkpoint import SAFETENSORS_DTYPES
 from llmsparse.errors import UserError, first_line
 from llmsparse.packed import VERSION, Packed
@@ -105,6 +105,8 @@ class PackedQuantizer(HfQuantizer):
         _cast(model, self.dtypes)
         for path in self.packed:
             held.ready(model.get_submodule(path), path)
+        layers = [model.get_submodule(path) for path in self.packed]
+        choice.choose(layer for layer in layers if isinstance(layer, SparseLinear))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # a saved config has its name

@@ -92,7 +92,7 @@ def inspect(result: Row) -> RenderableType:
 
 def bench(result: Row) -> RenderableType:
     """A table for each thread count: shapes, and all layers together; beside each time its ratio to torch's bf16."""
-    tables = []
+    tables: list[RenderableType] = []
     for threads in dict.fromkeys(row["threads"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["threads"] == threads]
         forms = list(dict.fromkeys(row["form"] for row in rows))

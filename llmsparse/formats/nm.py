@@ -85,6 +85,13 @@ def unpack(
     return groups.view(last - first, packed.shape[1])
 
 
+def kept(packed: "Packed", tensors: Mapping[str, Tensor], first: int, last: int) -> Tensor:
+    """Which weights are stored, bool (rows, in), zeros among the values included."""
+    places = _places(packed, tensors["positions"][first:last])
+    groups = torch.zeros(*places.shape[:2], packed.m, dtype=torch.bool, device=places.device)
+    return groups.scatter_(2, places, True).view(last - first, packed.shape[1])
+
+
 def check(packed: "Packed", tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """The tensor that breaks the format, and how."""
     positions, values = tensors["positions"], tensors["values"]
