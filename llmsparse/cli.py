@@ -46,10 +46,10 @@ SHELLS = {
     "export": Shell(
         "llmsparse.export",
         "export",
-        "Write the pruned MODEL to OUT in a format that is as small as its zeros.",
+        "Write MODEL into OUT in a format that its zeros make small.",
     ),
     "generate": Shell(
-        "llmsparse.generate", "generate", "Continue a prompt with MODEL, dense, pruned or packed."
+        "llmsparse.generate", "generate", "Continue a prompt with MODEL: dense, pruned or packed."
     ),
     "compare": Shell(
         "llmsparse.compare", "compare", "One table of several runs, and what must not be compared."
@@ -58,9 +58,7 @@ SHELLS = {
     "inspect": Shell(
         "llmsparse.inspect", "inspect", "The zeros of MODEL: sparsity and n:m pattern of each weight."
     ),
-    "bench": Shell(
-        "llmsparse.bench", "bench", "How long MODEL's linear layers take here: packed, dense in C, torch."
-    ),
+    "bench": Shell("llmsparse.bench", "bench", "Time MODEL's linear layers here: packed, dense in C, torch."),
     "doctor": Shell("llmsparse.doctor", "doctor", "What this machine has: native kernels, GPU, versions."),
     "list": Shell("llmsparse.cli", "choices", "What there is to choose from: solvers, patterns..."),
     "demo": Shell("llmsparse.demo", "demo", "Prune a small model each way; its perplexity before and after."),

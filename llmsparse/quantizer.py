@@ -46,11 +46,12 @@ def load(model: str | Path, **options: Any) -> Any:
     register()
     asked = options.pop("output_loading_info", False)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+        both: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
     except UserError:
         raise
     except REFUSALS as error:
         raise UserError(f"{model} cannot be loaded: {first_line(error)}") from error
+    loaded, info = both
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{model} lacks {len(missing)} weights, such as {missing[0]}; the checkpoint is incomplete, get it again"
@@ -93,6 +94,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **_: Any
     ) -> None:
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.untied = untie(model, self.packed)
         for path, packed in self.packed.items():
             _replace(model, path, packed)
@@ -100,6 +102,7 @@ class PackedQuantizer(HfQuantizer):
             check_headers(model, self.packed, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        _cast(model, self.dtypes)
         for path in self.packed:
             held.ready(model.get_submodule(path), path)
         layers = [model.get_submodule(path) for path in self.packed]
@@ -129,6 +132,15 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _cast(model: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Ordinary parameters in the dtype that was asked for: transformers 5.17 leaves those as stored that it renames."""
+    keeps = any(getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
+    for name, parameter in model.named_parameters():
+        kept = keeps and parameter.dtype == torch.float32
+        if name in dtypes and parameter.dtype != dtypes[name] and not kept:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def untie(model: Any, weights: dict[str, Packed]) -> dict[str, str]:

@@ -207,6 +207,23 @@ def test_a_failure_leaves_the_old_output_and_overwrite_replaces_it(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["packed", "sparse"]
 
 
+def test_what_a_killed_export_left_is_cleared_but_an_interrupted_prune_is_not(tmp_path: Path) -> None:
+    sparse(tmp_path / "sparse")
+    work, spool = tmp_path / ".packed.llmsparse-work", tmp_path / ".packed.llmsparse-spool"
+    for folder in (work, spool):
+        folder.mkdir()
+        (folder / "0.safetensors").write_bytes(b"half")
+    (work / "journal.jsonl").write_text('{"fingerprint": {"export": "packed"}}\n')
+    export(tmp_path / "sparse", tmp_path / "packed")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["packed", "sparse"]
+    other = tmp_path / ".other.llmsparse-work"
+    other.mkdir()
+    (other / "journal.jsonl").write_text('{"fingerprint": {"solver": "wanda"}}\n')
+    with pytest.raises(UserError, match="an interrupted run for .*other is here"):
+        export(tmp_path / "sparse", tmp_path / "other")
+    assert (other / "journal.jsonl").exists()
+
+
 def test_inspect_shows_the_zeros_of_packed_weights(tmp_path: Path) -> None:
     folder = packed(tmp_path, "gpt2")
     before, after = inspect(tmp_path / "sparse"), inspect(folder)

@@ -40,6 +40,7 @@ def export(
     out = out.expanduser().absolute()
     spool = out.with_name(f".{out.name}.llmsparse-spool")
     shutil.rmtree(spool, ignore_errors=True)  # of an export that was killed
+    _clear(Writer(checkpoint, out, overwrite))
     progress.start("packing", len(found.packable))
     try:
         with disk_errors(out):
@@ -79,6 +80,18 @@ def _pack(
     yield Piece(candidate, packed, file)
 
 
+def _clear(writer: Writer) -> None:
+    """Remove what a killed export left, and refuse what an interrupted prune left, before any work."""
+    entries = writer._entries()
+    if entries and "export" in entries[0]["fingerprint"]:
+        shutil.rmtree(writer.work)
+    elif entries and not writer.overwrite:
+        raise UserError(
+            f"an interrupted run for {writer.out} is here; finish it with `llmsparse prune ... --resume`, "
+            "discard it with --overwrite, or choose another OUT"
+        )
+
+
 def _write(
     checkpoint: Checkpoint, pieces: list[Piece], out: Path, overwrite: bool,
     report: dict[str, Any] | None, result: dict[str, Any],
@@ -86,10 +99,8 @@ def _write(
     """Fill the files of the output, each tensor in the file that the source has it in, and rename the whole."""
     target = Checkpoint(checkpoint.folder, _headers(checkpoint, pieces))
     writer = Writer(target, out, overwrite)
-    if (entries := writer._entries()) and "export" in entries[0]["fingerprint"]:
-        shutil.rmtree(writer.work)  # a killed export's
+    writer.begin({"export": "packed"}, resume=False)
     try:
-        writer.begin({"export": "packed"}, resume=False)
         written: set[str] = set()
         for piece in pieces:
             tensors = load_file(piece.file)
@@ -107,8 +118,7 @@ def _write(
         whole = None if report is None else {**report, "export": {"format": "packed", **result, **hashes}}
         writer.finish(whole)
     except BaseException:
-        if writer.work.exists() and not out.exists():
-            shutil.rmtree(writer.work, ignore_errors=True)
+        shutil.rmtree(writer.work, ignore_errors=True)  # gone already when only the last clean-up failed
         raise
 
 

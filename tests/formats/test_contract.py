@@ -1,8 +1,5 @@
 """Every layout x every kind of values: round trips, an independent reader, exact bytes, and what is refused."""
 
-from dataclasses import replace
-from math import prod
-
 import numpy as np
 import pytest
 import torch
@@ -71,36 +68,6 @@ def test_panels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         packed.check("w", tensors)
 
 
-def test_a_negative_zero_and_a_nan_with_a_payload_are_kept_bit_for_bit() -> None:
-    weight = torch.zeros(2, 16).bfloat16()
-    weight[0, 3] = -0.0
-    weight.view(torch.int16)[1, 5] = 0x7FA5  # a signalling NaN
-    packed, tensors = pack("bitmask", "bf16", Values.parse("bf16").numbers(weight))
-    assert packed.nnz == 2
-    assert torch.equal(packed.weight(tensors, 0, 2).view(torch.int16), weight.view(torch.int16))
-
-
-def test_codes_of_zero_with_a_negative_scale_are_positive_zeros() -> None:
-    packed = Packed("dense", "int8", (1, 2))
-    tensors = {"codes": torch.zeros(1, 2, dtype=torch.int8), "scales": torch.tensor([[-1.0]]).bfloat16()}
-    assert not packed.weight(tensors, 0, 1).signbit().any()
-
-
-@pytest.mark.parametrize(
-    "kind, density, bits",
-    [("bf16", 0.5, 9.0), ("int8", 0.5, 5.0), ("int4:32", 0.5, 3.5), ("bf16", 0.25, 5.0), ("fp32", 0.5, 17.0)],
-)
-def test_a_bitmask_takes_the_bits_that_arithmetic_says(kind: str, density: float, bits: float) -> None:
-    shape = (512, 1024)
-    drawn = numbers(kind, shape, 2)
-    while bool((drawn[[0, *range(2, 512)]] == 0).any()):
-        drawn[drawn == 0] = 1
-    order = torch.rand(shape, generator=torch.Generator().manual_seed(3)).argsort(1)
-    packed, _ = pack("bitmask", kind, drawn * (order < density * shape[1]))
-    scales = 16 / shape[1] if kind == "int8" else 0  # int4:32's half bit is in the 3.5
-    assert packed.bytes * 8 / prod(shape) == pytest.approx(bits + scales, rel=0.01)
-
-
 @pytest.mark.parametrize(
     "pattern, kind, layout",
     [("1:4", "bf16", "nm"), ("2:4", "bf16", "bitmask"), ("1:8", "int8", "nm"), ("2:4", "int8", "bitmask")],
@@ -110,18 +77,6 @@ def test_the_smallest_layout_is_chosen(pattern: str, kind: str, layout: str) -> 
     mask = NM(n, m).select(torch.rand(64, 256, generator=torch.Generator().manual_seed(0)))
     found = smallest(torch.where(mask, numbers(kind, (64, 256), 2).clamp(min=1), 0), Values.parse(kind))
     assert found is not None and found.layout == layout
-
-
-def test_without_zeros_codes_are_dense_and_floats_stay_an_ordinary_tensor() -> None:
-    full = torch.ones(64, 64, dtype=torch.int8)
-    assert smallest(full, Values.parse("int8")).layout == "dense"  # type: ignore[union-attr]
-    assert smallest(full.to(torch.int16), Values.parse("bf16")) is None
-
-
-def test_all_zeros_pack_to_their_mask() -> None:
-    packed, tensors = pack("bitmask", "bf16", torch.zeros(4, 16, dtype=torch.int16))
-    packed.check("w", tensors)
-    assert (packed.nnz, packed.numbers(tensors, 0, 4).any()) == (0, False)
 
 
 def broken(layout: str, kind: str, change) -> str:
@@ -166,34 +121,6 @@ def test_half_bytes_that_should_be_0_are_refused() -> None:
         tensors[name].view(-1)[3] |= 0x10
         with pytest.raises(UserError, match=f"w.{name} has a row whose last half byte is not 0"):
             packed.check("w", tensors)
-
-
-def test_rows_of_four_bit_codes_must_take_the_announced_bytes() -> None:
-    found = torch.ones(2, 8, dtype=torch.int8)
-    found[:, 2:] = 0
-    packed, tensors = pack("bitmask", "int4:32", found)  # two codes a row: two bytes
-    tensors["mask"][:, 0] = torch.tensor([0b1, 0b111])  # still four codes, but three bytes
-    with pytest.raises(UserError, match="w.mask has rows that take 3 bytes, not 2"):
-        packed.check("w", tensors)
-
-
-def test_places_must_rise_inside_a_group_and_end_where_the_row_ends() -> None:
-    found = torch.zeros(2, 16, dtype=torch.int16)
-    found[:, [1, 4]] = 1
-    packed, tensors = pack("nm", "bf16", found)
-    assert (packed.n, packed.m) == (2, 16)
-    tensors["positions"][0] = torch.tensor([0x14])  # 4 before 1
-    with pytest.raises(UserError, match="w.positions has a group of 16 whose places do not rise"):
-        packed.check("w", tensors)
-    three = replace(packed, shape=(2, 12), n=1, m=4, nnz=6, size=6)
-    with pytest.raises(UserError, match="positions has bits set beyond its last place"):
-        three.check(
-            "w",
-            {
-                "positions": torch.full((2, 1), 0x40, dtype=torch.uint8),
-                "values": torch.ones(6, dtype=torch.int16),
-            },
-        )
 
 
 @pytest.mark.parametrize(
