@@ -115,7 +115,7 @@ def _made(folder: Path, method: Method, wanted: dict[str, Any], options: Any) ->
         prune(
             folder, out, pattern=method.pattern or "as-is", values=method.values, embeddings=method.embeddings,
             calibration=rows.calibration_text(), samples=options.samples,
-            sequence_length=options.sequence_length, seed=options.seed,
+            sequence_length=options.sequence_length, seed=options.seed, resume=True,
         )  # fmt: skip
     return out
 

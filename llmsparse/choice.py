@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,8 +98,12 @@ def _measure(members: list[Any]) -> Timing:
     """Several weights of each form in turn, so that they come from memory and not from cache."""
     x = torch.randn(1, members[0].packed.shape[1]).to(members[0].dtype)
     packed = [held.stored(module).product for module in members]
-    dense = [held.stored(module).dense(module.dtype) for module in members]
-    return time_forms(packed, [lambda x, w=w: torch.nn.functional.linear(x, w) for w in dense], x)
+    dense = [partial(_dense, held.stored(module).dense(module.dtype)) for module in members]
+    return time_forms(packed, dense, x)
+
+
+def _dense(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
 
 
 def time_forms(

@@ -56,7 +56,7 @@ def product(stored: Any) -> Callable[[Tensor], Tensor]:
 
     def multiply(x: Tensor) -> Tensor:
         rows = x.reshape(-1, columns)
-        if kernel.multiplies and len(rows) <= library.MAX_TOKENS:
+        if kernel.multiplies and 0 < len(rows) <= library.MAX_TOKENS:
             taken = rows if rows.dtype in DTYPES else rows.float()
             found = library.linear(kernel, taken).to(x.dtype)
         else:

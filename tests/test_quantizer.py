@@ -121,7 +121,16 @@ def test_generation_with_a_cache_and_padded_batches_equals_the_dense_models(
         "pad_token_id": 1,
     }
     written = model.generate(ids, **options)
-    assert torch.equal(written, ordinary.generate(ids, **options))
+    if values in (None, "bf16", "fp16", "fp32"):
+        assert torch.equal(written, ordinary.generate(ids, **options))
+    else:  # the kernels round activations to 8 bits and a sign: one step after a cache is near, not equal
+        known = {"attention_mask": options["attention_mask"]}
+        past = model(
+            ids[:, :-1], attention_mask=known["attention_mask"][:, :-1], use_cache=True
+        ).past_key_values
+        step = model(ids[:, -1:], past_key_values=past, **known).logits[:, -1]
+        wanted = ordinary(ids, **known).logits[:, -1]
+        assert (step - wanted).norm() < 0.02 * wanted.norm()
     alone = model.generate(ids[:1, 2:], max_new_tokens=12, do_sample=False, pad_token_id=1)
     assert torch.equal(written[0, 2:][: alone.shape[1]], alone[0])
 

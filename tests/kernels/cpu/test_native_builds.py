@@ -29,6 +29,11 @@ def build(compiler: str, out: Path, *flags: str) -> str:
     return str(out)
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_a_compiler_has_no_warnings_and_its_kernels_agree(compiler: str, tmp_path: Path) -> None:
+    run(build(tool(compiler), tmp_path / "compare", "-O3"), "500")
+
+
 @pytest.mark.long
 def test_no_sanitizer_complains(tmp_path: Path) -> None:
     sanitizers = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
