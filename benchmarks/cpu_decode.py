@@ -10,6 +10,7 @@ vocabulary 32,000). All forms are loaded in one process and continue the same pr
 """
 
 import argparse
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def _packed(folder: Path, form: str, keep: Path) -> Path:
     if not packed.exists():
         llmsparse.prune(folder, sparse, solver="magnitude", overwrite=True, **asked)
         llmsparse.export(sparse, packed)
+        shutil.rmtree(sparse)
     return packed
 
 
