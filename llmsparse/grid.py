@@ -40,15 +40,15 @@ class Grid:
 
     @classmethod
     def parse(cls, text: str) -> "Grid":
-        """Read ``int8``, ``int4:32`` or ``int4:64``.
+        """Read ``int8``, ``int4:32``, ``int4:64`` (and int3:32).
 
         Raises:
             UserError: it is none of them.
         """
-        match = re.fullmatch(r"int(8)|int(4):(\d+)", text.strip())
+        match = re.fullmatch(r"int(8)|int([34]):(\d+)", text.strip())
         if match is None:
             raise UserError(f"values {text!r} are unknown; use int8, int4:32 or int4:64")
-        return cls(8) if match[1] else cls(4, int(match[3]))
+        return cls(8) if match[1] else cls(int(match[2]), int(match[3]))
 
     def __str__(self) -> str:
         return f"int{self.bits}" + (f":{self.group}" if self.group else "")
