@@ -57,6 +57,14 @@ class Job:
             "of_all": pruned / everything,
         }
 
+    @property
+    def first_token(self) -> float:
+        """How often each window's first token counts for queries, keys and values."""
+        asked = getattr(self.solver, "first_token", 1.0)
+        if asked is not None:
+            return asked
+        return self.recipe.sequence_length / 2 if self.grid and self.recipe.sequence_length else 1.0
+
     def quantised(self) -> dict[str, tuple[tuple[int, int], Grid]]:
         """Everything that gets codes: name -> its (out, in) shape and its grid."""
         shapes = {w.name: (w.out_features, w.in_features) for w in self.weights} if self.grid else {}

@@ -25,6 +25,7 @@ from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # a mixture's routing linears, never pruned
+ATTENTION_OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Weight:
             return None
         match = re.search(r"\.experts\.(\d+)\.", self.name)
         return self.index if match is None else int(match[1])
+
+    @property
+    def feeds_attention(self) -> bool:
+        """Whether it makes queries, keys or values."""
+        parts = self.parameter.split(".")
+        inside = any("attn" in part or "attention" in part for part in parts[:-2])
+        return inside and parts[-2] not in ATTENTION_OUTPUTS
 
     def stored(self, tensor: Tensor) -> Tensor:
         """This weight's (out, in) view into its disk tensor."""

@@ -35,11 +35,15 @@ class Factor(NamedTuple):
 
 
 class Gram:
-    """Sum of x xT over tokens (in, in), kept in float32 (float64 for float64 inputs); half of the layer's Hessian."""
+    """Sum of x xT over tokens (in, in), kept in float32 (float64 for float64 inputs); half of the layer's Hessian.
 
-    def __init__(self, total: Tensor, tokens: int = 0) -> None:
+    The first token of each update counts ``first_token`` times.
+    """
+
+    def __init__(self, total: Tensor, tokens: int = 0, first_token: float = 1.0) -> None:
         self.total = total  # (in, in), only the upper panels are current until it is read
         self.tokens = tokens
+        self.first_token = first_token
         self._factors: dict[float, Factor] = {}
         self._matrix: Tensor | None = None
 
@@ -52,6 +56,8 @@ class Gram:
     def update(self, inputs: Tensor) -> None:
         """Add the tokens of ``inputs`` (..., in); all must be real tokens, never padding."""
         rows = inputs.reshape(-1, inputs.shape[-1]).to(self.total)
+        if self.first_token != 1 and len(rows):
+            rows = torch.cat((rows[:1] * self.first_token**0.5, rows[1:]))
         for start in range(0, self.total.shape[0], PANEL):
             panel = self.total[start : start + PANEL, start:]
             torch.addmm(panel, rows[:, start : start + PANEL].T, rows[:, start:], out=panel)
@@ -94,6 +100,19 @@ class Gram:
         if damping not in self._factors:
             self._factors[damping] = _factor(self.matrix, damping)
         return self._factors[damping]
+
+
+class FirstTokens(NamedTuple):
+    """Makes Grams in which the first token of each window, updated window by window, counts ``times`` times.
+
+    Attention sends much of its weight to the first token (arXiv 2309.17453), whose value is near zero: an error there
+    reaches every other token. One of 512 tokens, it would hardly count.
+    """
+
+    times: float
+
+    def zeros(self, in_features: int, device: torch.device | str = "cpu") -> Gram:
+        return Gram(torch.zeros(in_features, in_features, device=device), first_token=self.times)
 
 
 def _factor(matrix: Tensor, damping: float) -> Factor:

@@ -16,7 +16,7 @@ from llmsparse.processes import Processes
 from llmsparse.report import Phases, relative_error, versions
 from llmsparse.skeleton import Weight
 from llmsparse.solution import Solution, masked
-from llmsparse.statistics import SquaredNorm, Statistics
+from llmsparse.statistics import FirstTokens, SquaredNorm, Statistics
 from llmsparse.writer import Writer
 
 ROWS = 4096  # of a table rounded at a time
@@ -106,7 +106,13 @@ class Desk:
 
     @property
     def kinds(self) -> dict[str, type[Statistics]]:
-        return dict.fromkeys(self.weights, self.work.job.solver.statistics)
+        """The statistics that each weight's solver wants; the first token's weight is for queries, keys and values."""
+        job = self.work.job
+        kinds = dict.fromkeys(self.weights, job.solver.statistics)
+        if job.first_token != 1:
+            attention: Any = FirstTokens(job.first_token)
+            kinds |= {name: attention for name, w in self.weights.items() if w.feeds_attention}
+        return kinds
 
     def solve(self, name: str, statistics: Statistics | None) -> None:
         """Prune one weight, from the source's own values, in one of the processes."""

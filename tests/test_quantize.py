@@ -17,6 +17,7 @@ from llmsparse.eval.models import load_model
 from llmsparse.prune import prune
 from llmsparse.quantize import quantize
 from llmsparse.skeleton import Skeleton
+from llmsparse.solvers.sparsegpt import SparseGPT
 from tests.pruned import SMALL, hashes, read_report
 from tests.tiny import save_tiny
 
@@ -210,3 +211,40 @@ def test_codes_outside_the_folder_do_not_change_what_transformers_loads(tmp_path
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / f).state_dict() for f in ("out", "copy"))
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}),
+        ("gpt2", {"attn.c_attn"}),
+        ("opt", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}),
+        ("phi3", {"self_attn.qkv_proj"}),
+        ("gpt_neox", {"attention.query_key_value"}),
+        ("mixtral", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}),
+    ],
+)
+def test_weights_that_feed_attention_are_known_by_name(family, expected, tmp_path):
+    skeleton = Skeleton(Checkpoint.open(save_tiny(family, tmp_path / "source")))
+    first = [w for w in skeleton.weights if w.block == 0 and w.feeds_attention]
+    assert {".".join(w.parameter.split(".")[-3:-1]) for w in first} == expected
+
+
+def test_the_first_token_counts_more_for_attention_with_values_and_as_asked(tmp_path, text, monkeypatch):
+    source, seen = save_tiny("llama", tmp_path / "source"), {}
+    real = SparseGPT.__call__
+
+    def spy(self, weight, statistics, pattern, grid=None):
+        seen.setdefault(statistics.first_token, set()).add(tuple(weight.shape))
+        return real(self, weight, statistics, pattern, grid)
+
+    monkeypatch.setattr(SparseGPT, "__call__", spy)
+    given = {"calibration": text, **SMALL}
+    prune(source, tmp_path / "plain", **given)
+    assert set(seen) == {1.0}
+    seen.clear()
+    prune(source, tmp_path / "values", values="int4:32", **given)
+    assert seen == {SMALL["sequence_length"] / 2: {(32, 32), (16, 32)}, 1.0: {(32, 32), (64, 32), (32, 64)}}
+    seen.clear()
+    prune(source, tmp_path / "asked", set=("first_token=3",), **given)
+    assert set(seen) == {1.0, 3.0}

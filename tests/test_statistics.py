@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmsparse.errors import SolverError
-from llmsparse.statistics import Gram, SquaredNorm
+from llmsparse.statistics import FirstTokens, Gram, SquaredNorm
 
 SIZES = [1, 33, 130, 256, 257, 700, 1030]
 
@@ -170,3 +170,18 @@ def test_inputs_that_cannot_be_solved_are_refused(value: float) -> None:
     statistics.update(torch.full((4, 8), value))
     with pytest.raises(SolverError):
         statistics.factor(0.01)
+
+
+@pytest.mark.parametrize("width", [5, 200])
+def test_the_first_token_of_each_window_counts_as_often_as_asked(width: int) -> None:
+    windows = torch.randn(3, 7, width, generator=torch.Generator().manual_seed(0))
+    gram = FirstTokens(20.0).zeros(width)
+    for window in windows:
+        before = window.clone()
+        gram.update(window)
+        assert torch.equal(window, before)
+    times = torch.ones(3, 7)
+    times[:, 0] = 20
+    expected = torch.einsum("wt,wti,wtj->ij", times.double(), windows.double(), windows.double()) / 21
+    torch.testing.assert_close(gram.matrix.double(), expected, rtol=1e-5, atol=1e-5)
+    assert gram.tokens == 21

@@ -24,10 +24,13 @@ class SparseGPT:
 
     Scores are w^2 / U_jj^2 with U the upper Cholesky factor of the inverse Gram. Unstructured masks are
     chosen chunk by chunk (rows compared together by default), n:m masks group by group as the sweep arrives.
+    ``first_token``: how often each window's first token counts for queries, keys and values; ``None`` is once, as
+    published, and with a grid half of the window's length, about as often as others attend to it.
     """
 
     damping: float = 0.01
     chunk: int = 128
+    first_token: float | None = None
     statistics: ClassVar[type[Gram]] = Gram
 
     def __post_init__(self) -> None:
@@ -35,6 +38,8 @@ class SparseGPT:
             raise UserError(
                 f"sparsegpt's damping must be positive; {self.damping} was given, its default is 0.01"
             )
+        if self.first_token is not None and not 0 < self.first_token < float("inf"):
+            raise UserError(f"sparsegpt's first_token must be positive; {self.first_token} was given")
         if self.chunk < 1:
             raise UserError(
                 f"sparsegpt's chunk must be at least 1 column; {self.chunk} was given, its default is 128"
