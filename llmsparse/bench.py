@@ -47,7 +47,7 @@ def bench(
     counts. Seconds; a row for each shape, form and thread count, with the minimum, median and the middle 80 %.
 
     Raises:
-        UserError: the model has no zeros and no pattern is given, or the native kernels are not built.
+        UserError: the model has no zeros and no pattern is given, is packed, or the native kernels are not built.
     """
     progress = progress or Quiet()
     if all(library.available().values()):
@@ -56,6 +56,8 @@ def bench(
     kinds = [Values.parse(text.strip()) for text in values.split(",")]
     counts = [_count("--threads", text) for text in threads.split(",")]
     checkpoint = Checkpoint.open(model, revision, token, cache_dir)
+    if checkpoint.is_packed:
+        raise UserError(f"{model} is packed; give the folder that it was exported from")
     layers = _layers(checkpoint, pattern, kinds, tokens, progress)
     before = torch.get_num_threads()
     try:
