@@ -36,14 +36,20 @@ class Method(NamedTuple):
 
 
 def methods() -> Iterator[Method]:
-    """The dense model and its grids, then each pattern's, then what the tables cost, then wider groups."""
+    """The dense model and its grids, then each pattern's, with what the tables cost, then wider groups.
+
+    A "sweep" of bf16 prunes with the first token counted as the others do with values.
+    """
     for pattern in ("", *SPARSE):
         yield Method(pattern)
         for grid in GRIDS + ((Grid(3, 32),) if not pattern else ()):
             yield Method(pattern, grid, "nearest")
             yield Method(pattern, grid, "sweep")
-    yield Method("50%", Grid(8), "sweep", "int8")
-    yield Method("50%", Grid(4, 32), "sweep", "int4:32")
+        if pattern:
+            yield Method(pattern, None, "sweep")
+        if pattern == "50%":
+            yield Method(pattern, Grid(8), "sweep", "int8")
+            yield Method(pattern, Grid(4, 32), "sweep", "int4:32")
     for pattern in ("", "50%"):
         yield Method(pattern, Grid(4, 64), "nearest")
         yield Method(pattern, Grid(4, 64), "sweep")
@@ -100,7 +106,7 @@ def _measure(folder: Path, method: Method, wanted: dict[str, Any], options: Any)
 
 def _made(folder: Path, method: Method, wanted: dict[str, Any], options: Any) -> Path:
     """The model of ``method``, made now or found below ``--keep``; nothing large stays that is easily made again."""
-    if method.values is None or method.how == "nearest":
+    if method.how != "sweep":
         with models.pruned(folder, rows.calibration_text(), wanted, options) as (model, _):
             if method.values is None:
                 return model
@@ -109,11 +115,12 @@ def _made(folder: Path, method: Method, wanted: dict[str, Any], options: Any) ->
             quantize(model, out, solver="magnitude", values=method.values, embeddings="keep")
             return out
     tables = "" if method.embeddings == "keep" else f"-tables-{method.embeddings}"
-    name = f"{folder.name}-{method.pattern or 'dense'}-{method.values}{tables}"
+    name = f"{folder.name}-{method.pattern or 'dense'}-{method.values or 'first-token'}{tables}"
     out = Path(options.keep, name.replace("%", "pc").replace(":", "of"))
     if not (out / "report.json").exists():
         prune(
             folder, out, pattern=method.pattern or "as-is", values=method.values, embeddings=method.embeddings,
+            set=() if method.values else (f"first_token={options.sequence_length / 2}",),
             calibration=rows.calibration_text(), samples=options.samples,
             sequence_length=options.sequence_length, seed=options.seed, resume=True,
         )  # fmt: skip
@@ -148,12 +155,8 @@ def table(measured: list[dict[str, Any]], name: str, folder: Path, options: Any)
             key = method.pattern or "dense", str(method.values or "bf16"), method.embeddings
             found.setdefault(key, {})[method.how] = row
     for (pattern, values, tables), by in found.items():
-        cells = [
-            f"{by[how]['perplexity']:.2f} ± {by[how]['standard_error']:.2f}" if how in by else ""
-            for how in ("nearest", "sweep")
-        ]
-        if "" in by:
-            cells = [f"{by['']['perplexity']:.2f} ± {by['']['standard_error']:.2f}", ""]
+        shown = [by.get("nearest") or by.get(""), by.get("sweep")]
+        cells = [f"{row['perplexity']:.2f} ± {row['standard_error']:.2f}" if row else "" for row in shown]
         lines.append(
             f"| {pattern} | {values} | {tables} | {max(r['bits'] for r in by.values()):.2f} | {' | '.join(cells)} |"
         )

@@ -8,6 +8,7 @@ from llmsparse.doctor import doctor
 from llmsparse.errors import UserError
 from llmsparse.kernels.cpu import library
 from llmsparse.prune import prune
+from tests.packed_tiny import packed
 from tests.tiny import save_tiny
 
 needs_kernels = pytest.mark.skipif(
@@ -52,6 +53,12 @@ def test_a_dense_model_needs_a_pattern(tmp_path) -> None:
 def test_bad_options_are_refused(options, message, tmp_path) -> None:
     with pytest.raises(UserError, match=message):
         bench(save_tiny("llama", tmp_path / "source"), pattern="50%", **options)
+
+
+@needs_kernels
+def test_a_packed_model_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="exported from"):
+        bench(packed(tmp_path, "llama", "int8"))
 
 
 def test_without_kernels_bench_says_why(tmp_path, monkeypatch) -> None:
