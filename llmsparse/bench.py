@@ -131,7 +131,7 @@ def _multiply(matrix: library.Matrix) -> Product:
 def _numbers(weight: Tensor, kind: Values) -> tuple[Tensor, Tensor | None]:
     if kind.float_dtype is not None:
         return kind.numbers(weight), None
-    codes, scales = Grid.parse(kind.name).nearest(weight.float())
+    codes, scales = Grid.parse(kind.name).unfitted(weight.float())
     return codes, scales.to(torch.bfloat16)
 
 

