@@ -68,12 +68,11 @@ def _random(shapes: list[tuple[int, int]], pattern: str, options: Any) -> Iterat
 def _record(case: str, pattern: str, found: list[dict[str, Any]], options: Any) -> list[dict[str, Any]]:
     """Write one row with every shape's figures, and return the sums over all layers."""
     sums = [{"case": case, "pattern": pattern, **total} for total in totals(found)]
-    isa = next(name for name, why in library.available().items() if why is None)
     row = {
         "case": case,
         "pattern": pattern,
         "tokens": options.tokens,
-        "isa": isa,
+        "isa": library.used(),
         "rows": found,
         "totals": totals(found),
     }

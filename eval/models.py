@@ -72,6 +72,10 @@ def _apply_grid(model: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> 
     weights = {w.name: w for w in skeleton.weights}
     parameters = {skeleton.sources[f"{path}.weight"][0][0]: f"{path}.weight" for path in skeleton.tables}
     for name in codes.names:
+        if name not in parameters and name not in weights:
+            raise UserError(
+                f"{codes.path} has codes for {name}, which the model lacks; delete it, or prune again"
+            )
         if name in parameters:
             stored, view = checkpoint.tensor(name), model.get_parameter(parameters[name]).data
         else:

@@ -50,11 +50,20 @@ def bench(
         UserError: the model has no zeros and no pattern is given, is packed, or the native kernels are not built.
     """
     progress = progress or Quiet()
-    if all(library.available().values()):
+    try:
+        kernels = library.used()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if kernels is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in library.available().items())
         raise UserError(f"no native kernel runs here, there is nothing to time ({reasons})")
     kinds = [Values.parse(text.strip()) for text in values.split(",")]
+    if slow := [kind.name for kind in kinds if kind.name in ("fp16", "fp32")]:
+        raise UserError(f"--values {slow[0]} has no product of its own; use bf16, int8 or int4:32")
     counts = [_count("--threads", text) for text in threads.split(",")]
+    _count("--calls", str(calls))
+    if _count("--tokens", str(tokens)) > library.MAX_TOKENS:
+        raise UserError(f"--tokens {tokens}: the kernels take 1 to {library.MAX_TOKENS}")
     checkpoint = Checkpoint.open(model, revision, token, cache_dir)
     if checkpoint.is_packed:
         raise UserError(f"{model} is packed; give the folder that it was exported from")
@@ -70,7 +79,7 @@ def bench(
         "tokens": tokens,
         "zeros": sum(layer.zeros for layer in layers) / len(layers),
         "processor": processor(),
-        "kernels": next(name for name, why in library.available().items() if why is None),
+        "kernels": kernels,
         "versions": versions(),
         "rows": rows,
         "totals": totals(rows),
@@ -87,6 +96,10 @@ def _layers(
     checkpoint: Checkpoint, pattern: str | None, kinds: list[Values], tokens: int, progress: Any
 ) -> list[Layer]:
     weights = [w for w in Skeleton(checkpoint).weights if w.block is not None and w.expert is None]
+    if not weights:
+        raise UserError(
+            f"{checkpoint.folder} has no linear layers outside its experts; there is nothing to time"
+        )
     chosen = parse(pattern) if pattern else None
     random = torch.Generator().manual_seed(0)
     layers = []

@@ -38,8 +38,10 @@ class Timing(NamedTuple):
         return self.dense < self.packed
 
 
-def choose(modules: Iterable[Any]) -> None:
+def choose(modules: Iterable[Any], untimed: Any = None) -> None:
     """Let each packed layer multiply in the faster way here; a dense one keeps a dense copy of its weight.
+
+    ``untimed`` stays packed: an output layer, of which a dense copy would be larger than a block.
 
     ``LLMSPARSE_PRODUCTS`` may say ``packed`` or ``dense`` for all; else each kind of layer is timed with one token,
     once on a machine, and the log says which way won.
@@ -52,17 +54,16 @@ def choose(modules: Iterable[Any]) -> None:
         raise UserError(f"{VARIABLE}={way} is unknown; use {', '.join(WAYS)}")
     kinds: dict[str, list[Any]] = {}
     for module in modules:
-        module.stays_dense = way == "dense"
+        held.stay_dense(module, way == "dense")
         x = torch.empty(
             1, module.packed.shape[1], dtype=module.dtype, device=getattr(module, module.parts[0]).device
         )
-        if way == "measured" and native.why_not(x) is None:
+        if way == "measured" and module is not untimed and native.why_not(x) is None:
             kinds.setdefault(_signature(module), []).append(module)
     for key, members in kinds.items():
         wins = _timing(key, members).dense_wins
         for module in members:
-            module.stays_dense = wins
-            module._stored = None
+            held.stay_dense(module, wins)
 
 
 def _signature(module: Any) -> str:
@@ -70,10 +71,9 @@ def _signature(module: Any) -> str:
     packed = module.packed
     rows, columns = packed.shape
     zeros = 1 - packed.nnz / (rows * columns) if packed.nnz >= 0 else 0.0
-    isa = next(name for name, why in library.available().items() if why is None)
     facts = (
         packed.layout, packed.values, f"{rows}x{columns}", f"{round(zeros * 20) * 5}% zeros",
-        str(module.dtype).removeprefix("torch."), f"{torch.get_num_threads()} threads", isa,
+        str(module.dtype).removeprefix("torch."), f"{torch.get_num_threads()} threads", str(library.used()),
         f"torch {torch.__version__}", processor(),
     )  # fmt: skip
     return ", ".join(facts)
@@ -81,7 +81,7 @@ def _signature(module: Any) -> str:
 
 def _timing(key: str, members: list[Any]) -> Timing:
     """Remembered in the user's cache, or taken now; and told."""
-    file = cache_folder() / "products.json"
+    file = _file()
     known = _read(file)
     if key not in known:
         known = {**_read(file), key: list(_measure(members[:COPIES]))}
@@ -120,13 +120,27 @@ def time_forms(
     return Timing(*best)
 
 
+def remembered() -> dict[str, Timing]:
+    """Every timing of this machine that is remembered."""
+    return {key: Timing(*times) for key, times in _read(_file()).items()}
+
+
+def _file() -> Path:
+    return cache_folder() / "products.json"
+
+
 def _read(file: Path) -> dict[str, list[float]]:
     try:
         found = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {}
+    return {k: v for k, v in found.items() if _is_timing(v)} if isinstance(found, dict) else {}
+
+
+def _is_timing(value: Any) -> bool:
+    """Two positive numbers."""
     return (
-        {k: v for k, v in found.items() if isinstance(v, list) and len(v) == 2}
-        if isinstance(found, dict)
-        else {}
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, float) and 0 < v < 3600 for v in value)
     )

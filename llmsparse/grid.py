@@ -110,7 +110,7 @@ class Grid:
 
     def spread(self, scales: Tensor, inputs: int) -> Tensor:
         """The scale of every weight: (out, groups) -> (out, in) or (out, 1)."""
-        return scales.repeat_interleave(self.group, 1)[:, :inputs] if self.group else scales
+        return scales.repeat_interleave(min(self.group, inputs), 1)[:, :inputs] if self.group else scales
 
     def _codes(self, weight: Tensor, scale: Tensor) -> Tensor:
         low, high = self.range
@@ -118,7 +118,7 @@ class Grid:
 
     def _grouped(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, groups, group), the last group filled up with zeros."""
-        group = self.group or rows.shape[1]
+        group = min(self.group or rows.shape[1], rows.shape[1])
         missing = -rows.shape[1] % group
         return torch.nn.functional.pad(rows, (0, missing)).unflatten(1, (-1, group))
 

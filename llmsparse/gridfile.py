@@ -46,6 +46,12 @@ class GridFile:
             if name + SCALES not in found or name not in metadata:
                 raise UserError(f"{path}: {name} has codes, but no scales or no grid; prune again")
         self._grids = {name: Grid.parse(metadata[name]) for name in self.names}
+        for name, grid in self._grids.items():
+            codes, scales = (self._open.get_slice(name + part) for part in (CODES, SCALES))
+            shape = codes.get_shape()
+            wanted = [shape[0], grid.groups(shape[1])] if len(shape) == 2 else None
+            if (codes.get_dtype(), scales.get_dtype(), scales.get_shape()) != ("I8", "BF16", wanted):
+                raise UserError(f"{path}: {name} has codes or scales of another shape or dtype; prune again")
 
     @classmethod
     def open(cls, folder: Path) -> "GridFile | None":
@@ -73,6 +79,12 @@ class GridFile:
         Raises:
             UserError: the weight was changed after it was quantised.
         """
+        low, high = self.grid(name).range
+        least, most = (int(edge) for edge in self.codes(name).aminmax())
+        if least < low or most > high:
+            raise UserError(
+                f"{self.path}: {name} has codes from {least} to {most}; {self.grid(name)} ends at {high}"
+            )
         values = self.values(name)
         if values.shape != stored.shape or not torch.equal(values.to(stored.dtype), stored):
             raise UserError(

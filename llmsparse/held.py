@@ -1,5 +1,6 @@
 """What a module with a packed weight holds: the tensors of docs/format.md as buffers of the same names."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,23 @@ def hold(module: Any, packed: Packed, dtype: torch.dtype) -> None:
         module.register_buffer(name, torch.empty(shape, dtype=part, device="meta"))
     module._stored = None
     module.stays_dense = False
+    module.path = "a packed weight"
+    module.register_load_state_dict_post_hook(_loaded)
+
+
+def _loaded(module: Any, incompatible: Any) -> None:
+    """After ``load_state_dict``: other tensors are checked like those of a file."""
+    if not getattr(module, module.parts[0]).is_meta:
+        ready(module, module.path)
+
+
+def stay_dense(module: Any, wins: bool) -> None:
+    """Multiply by a dense copy of the weight from now on, or by the packed one."""
+    module.stays_dense = wins
+    module.key = (
+        json.dumps({**json.loads(module.packed.key), "stays_dense": wins}) if wins else module.packed.key
+    )
+    module._stored = None
 
 
 def ready(module: Any, path: str) -> None:
@@ -32,6 +50,11 @@ def ready(module: Any, path: str) -> None:
     Raises:
         UserError: a tensor is not what the format allows.
     """
+    module.path = path
+    for name in module.packed.tensors():  # a file may hold a tensor at any byte
+        buffer = module._buffers[name]
+        if buffer.data_ptr() % buffer.element_size():
+            module._buffers[name] = buffer.clone()
     keep_scales(module)
     tensors = {name: getattr(module, name) for name in module.packed.tensors()}
     module.packed.check(path, tensors)

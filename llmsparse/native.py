@@ -49,9 +49,15 @@ def _mask(stored: Any) -> Tensor:
     return torch.cat(masks)
 
 
+def gather(kernel: library.Matrix, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table by number: ids (...) -> (..., width)."""
+    found = library.gather(kernel, ids.long(), dtype if dtype in DTYPES else torch.float32)
+    return found.to(dtype)
+
+
 def product(stored: Any) -> Callable[[Tensor], Tensor]:
     """x (..., in) -> (..., out) in x's dtype, on the CPU."""
-    kernel = matrix(stored)
+    kernel = stored.kernel
     out, columns = packed_shape = stored.packed.shape
 
     def multiply(x: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ def _by_panels(kernel: library.Matrix, rows: Tensor, shape: tuple[int, int]) -> 
     """Panels of rows unpacked into cache, and torch's product with each."""
     dtype = rows.dtype if rows.dtype in DTYPES else torch.float32
     taken = rows.to(dtype)
-    found = torch.empty(len(rows), shape[0], dtype=dtype)
+    found = torch.empty(len(rows), shape[0], dtype=dtype, device=rows.device)
     step = max(PANEL // shape[1] // 16 * 16, 16)
     for first in range(0, shape[0], step):
         last = min(first + step, shape[0])

@@ -4,13 +4,14 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmsparse import bits, native
 from llmsparse.errors import UserError
+from llmsparse.kernels.cpu import library
 from llmsparse.packed import Packed
 
 NO_TRAINING = (
@@ -34,8 +35,12 @@ class Stored:
         self.packed, self.given = packed, tuple(tensors)
         self.tensors = dict(zip(names, tensors, strict=False))
         self.starts = tensors[len(names)] if len(tensors) > len(names) else None
-        self.stays_dense = stays_dense
+        self.stays_dense, self.key = stays_dense, packed.key
         self._dense: Tensor | None = None
+
+    def __reduce__(self) -> Any:
+        """A copied or pickled model makes its own anew: addresses are in this one."""
+        return type(None), ()
 
     def weight(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """The weights of rows ``first`` to ``last`` - 1: (rows, in)."""
@@ -44,6 +49,11 @@ class Stored:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight (out, in)."""
         return self.packed.dense(self.tensors, dtype, self.starts)
+
+    @cached_property
+    def kernel(self) -> library.Matrix:
+        """The native kernels' view of this weight."""
+        return native.matrix(self)
 
     @cached_property
     def product(self) -> Callable[[Tensor], Tensor]:
@@ -93,6 +103,8 @@ def linear_reference(stored: Stored, x: Tensor) -> Tensor:
 
 def gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a table by number: ids (...) -> (..., width)."""
+    if native.why_not(torch.empty(0, dtype=dtype, device=ids.device)) is None:
+        return native.gather(stored.kernel, ids, dtype)
     flat = ids.reshape(-1)
     rows = {name: tensor[flat] for name, tensor in stored.tensors.items()}
     numbers = stored.packed.format.rows(stored.packed, rows["codes"])
@@ -157,14 +169,17 @@ def _packed(key: str) -> Packed:
     return Packed.parse("a packed weight", json.loads(key))
 
 
-_known = WeakTensorKeyDictionary()  # a packed weight's first tensor -> its Stored, as long as it lives
-
-
 def _stored(tensors: Sequence[Tensor], key: str) -> Stored:
-    """Made once for the same tensors: a kernel's view of a weight counts its bits."""
-    found = _known.get(tensors[0])
-    if found is None or any(a is not b for a, b in zip(found.given, tensors, strict=True)):
-        found = _known[tensors[0]] = Stored(_packed(key), tensors)
+    """Made once for the same tensors, and kept by the first of them: a kernel's view of a weight counts its bits."""
+    found = getattr(tensors[0], "_llmsparse_stored", None)
+    if (
+        found is None
+        or found.key != key
+        or any(a is not b for a, b in zip(found.given, tensors, strict=True))
+    ):
+        found = Stored(_packed(key), tensors, bool(json.loads(key).get("stays_dense")))
+        found.key = key
+        tensors[0]._llmsparse_stored = found  # type: ignore[attr-defined]
     return found
 
 

@@ -113,8 +113,10 @@ class Packed:
         """
         self.check_shapes(module, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
         wrong = self.format.check(self, tensors)
-        if wrong is None and "scales" in tensors and not bool(torch.isfinite(tensors["scales"]).all()):
-            wrong = "scales", "holds a value that is not finite"
+        if wrong is None and "scales" in tensors:
+            scales = tensors["scales"]
+            if not bool((scales.half().to(scales.dtype) == scales).all()):  # neither is NaN
+                wrong = "scales", "holds a number that is not finite, or that fp16 does not hold"
         if wrong is not None:
             name, reason = wrong
             raise UserError(f"{module}.{name} {reason}; the file is damaged, get it again")

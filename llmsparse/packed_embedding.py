@@ -73,7 +73,7 @@ def unpack(embedding: PackedGather, dtype: torch.dtype) -> nn.Embedding:
     weight = held.stored(embedding).dense(dtype)
     for name in embedding.parts:
         del embedding._buffers[name]
-    for name in ("packed", "key", "parts", "_stored", "dtype"):
+    for name in ("packed", "key", "parts", "_stored", "dtype", "stays_dense", "path"):
         del embedding.__dict__[name]
     embedding.__class__ = embedding.__dict__.pop("dense_class")
     embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

@@ -184,7 +184,8 @@ class Numbers:
         return {"from": "the weights alone", "kinds": [kind], "embeddings": self.embeddings}
 
     def pattern(self, candidate: Candidate) -> str | None:
-        return self._patterns.get(candidate.source)
+        found = self._patterns.get(candidate.source)
+        return None if found == "as-is" else found  # its zeros are older than that run
 
     def of(self, candidate: Candidate) -> tuple[Values, Tensor, Tensor | None] | None:
         """Kind, numbers (out, in) and scales (out, groups); None where the tensor stays as it is."""

@@ -106,7 +106,8 @@ class PackedQuantizer(HfQuantizer):
         for path in self.packed:
             held.ready(model.get_submodule(path), path)
         layers = [model.get_submodule(path) for path in self.packed]
-        choice.choose(layer for layer in layers if isinstance(layer, SparseLinear))
+        linear = [layer for layer in layers if isinstance(layer, SparseLinear)]
+        choice.choose(linear, untimed=model.get_output_embeddings())
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # a saved config has its name

@@ -129,6 +129,10 @@ def doctor(result: Row) -> RenderableType:
     lines = [
         f"processor: {result['processor']}; torch uses {result['threads']} threads",
         *(
+            f"{key}: packed {1e6 * row['packed']:.1f} µs, dense {1e6 * row['dense']:.1f} µs, {row['used']} is used"
+            for key, row in result["products"].items()
+        ),
+        *(
             []
             if result["used"]
             else ["packed weights are unpacked by torch for every product: right, but slow"]

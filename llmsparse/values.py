@@ -66,5 +66,6 @@ class Values:
         assert scales is not None  # (rows, groups)
         each = scales.float()
         if self.group is not None:
-            each = each.repeat_interleave(self.group, 1)[:, : numbers.shape[1]]
+            group = min(self.group, numbers.shape[1])  # a hostile file may name any
+            each = each.repeat_interleave(group, 1)[:, : numbers.shape[1]]
         return (numbers.float() * each).add_(0.0).to(dtype or torch.float32)  # + 0.0: no zero is negative

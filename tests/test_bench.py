@@ -48,7 +48,15 @@ def test_a_dense_model_needs_a_pattern(tmp_path) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("options", "message"), [({"threads": "0"}, "threads"), ({"values": "int9"}, "int9")]
+    ("options", "message"),
+    [
+        ({"threads": "0"}, "threads"),
+        ({"values": "int9"}, "int9"),
+        ({"values": "fp16"}, "fp16"),
+        ({"tokens": 9}, "1 to 8"),
+        ({"tokens": 0}, "tokens"),
+        ({"calls": 0}, "calls"),
+    ],
 )
 def test_bad_options_are_refused(options, message, tmp_path) -> None:
     with pytest.raises(UserError, match=message):

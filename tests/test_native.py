@@ -68,3 +68,23 @@ def test_leading_dimensions_are_kept() -> None:
 def test_other_dtypes_and_devices_say_why_not() -> None:
     assert "float64" in str(native.why_not(torch.empty(1, dtype=torch.float64)))
     assert "meta" in str(native.why_not(torch.empty(1, device="meta")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_products_do_not_depend_on_torchs_default_dtype(dtype: torch.dtype) -> None:
+    weight, x = stored("int8", "bitmask"), torch.ones(9, 192)
+    expected = [linear(weight, x[:tokens]) for tokens in (1, 9)]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [linear(weight, x[:tokens]) for tokens in (1, 9)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_products_do_not_depend_on_torchs_default_device() -> None:
+    weight, x = stored("int8", "bitmask"), torch.ones(9, 192)
+    expected = [linear(weight, x[:tokens]) for tokens in (1, 9)]
+    with torch.device("meta"):
+        found = [linear(weight, x[:tokens]) for tokens in (1, 9)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

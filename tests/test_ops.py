@@ -32,9 +32,10 @@ def test_torch_finds_nothing_wrong_with_the_product(layout: str, kind: str) -> N
         x = torch.randn(shape, requires_grad=True)
         torch.library.opcheck(torch.ops.llmsparse.packed_linear, (x, tensors, packed.key))
         dense = Stored(packed, tensors).dense(torch.float32)
-        torch.testing.assert_close(
-            torch.ops.llmsparse.packed_linear(x, tensors, packed.key), torch.nn.functional.linear(x, dense)
-        )
+        found = torch.ops.llmsparse.packed_linear(x, tensors, packed.key)
+        exact = torch.nn.functional.linear(x, dense)
+        allowed = 1e-6 if kind == "bf16" else 0.01  # native kernels round activations that meet integers
+        assert (found - exact).norm() <= allowed * (x.norm() * dense.norm())
 
 
 @pytest.mark.parametrize("layout, kind", [case for case in CASES if case[0] == "dense"])

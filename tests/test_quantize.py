@@ -248,3 +248,27 @@ def test_the_first_token_counts_more_for_attention_with_values_and_as_asked(tmp_
     seen.clear()
     prune(source, tmp_path / "asked", set=("first_token=3",), **given)
     assert set(seen) == {1.0, 3.0}
+
+
+@pytest.mark.parametrize("damage", ["name", "shape", "range", "cut", "dtype"])
+def test_damaged_codes_are_refused_in_words(damage, tmp_path, text):
+    source = save_tiny("llama", tmp_path / "source", dtype=torch.bfloat16)
+    quantize(source, tmp_path / "out", values="int4:32", calibration=text, **SMALL)
+    file = tmp_path / "out" / GRID
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    whole, name = load_file(file), "model.layers.0.mlp.up_proj.weight"
+    if damage == "name":
+        whole |= {f"model.other{part}": whole[name + part].clone() for part in (".codes", ".scales")}
+        metadata["model.other"] = "int4:32"
+    elif damage == "shape":
+        whole[name + ".scales"] = whole[name + ".scales"][:3].clone()
+    elif damage == "dtype":
+        whole[name + ".codes"] = whole[name + ".codes"].to(torch.int16)
+    elif damage == "range":
+        whole[name + ".codes"][0, 0] = 100
+    save_file(whole, file, metadata=metadata)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match="grid.safetensors"):
+        evaluate(tmp_path / "out", text, context=32, windows=2)

@@ -1,11 +1,13 @@
 """Packed folders in transformers: loaded, run, generated from, trained through, saved, made dense; and refused."""
 
 import copy
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -251,7 +253,8 @@ def test_missing_and_damaged_tensors_are_named(tmp_path: Path) -> None:
         llmsparse.load(folder)
 
 
-def test_loading_holds_the_packed_weights_and_about_a_block_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["packed", "measured"])
+def test_loading_holds_the_packed_weights_and_about_a_block_more(tmp_path: Path, way: str) -> None:
     """A model of 40 MB in bf16 that packs to 17 MB: the peak above the imports is nowhere near the dense size."""
     from tests.tiny import FAMILIES as CONFIGS
 
@@ -281,7 +284,8 @@ model(torch.arange(4)[None])  # pages that were only mapped so far are read
 print(resident("VmHWM") - before)
 """
     small = packed(tmp_path / "small")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "LLMSPARSE_PRODUCTS": way, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     peak = []
     for folder in ("packed", "sparse"):
         done = subprocess.run(
@@ -304,3 +308,29 @@ def test_safetensors_of_a_packed_folder_hold_what_config_json_announces(tmp_path
     with safe_open(folder / "model.safetensors", framework="pt") as opened:
         names = set(opened.keys())
     assert {f"{path}.scales" for path in entries} <= names
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_another_state_dict_is_checked_and_used(tmp_path: Path, assign: bool) -> None:
+    """Other zeros in the same places' count: where rows start must be found anew."""
+    model = llmsparse.load(packed(tmp_path, "llama", "int8"), dtype=torch.float32)
+    model(IDS)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mask = state[f"{LAYER}.mask"]
+    state[f"{LAYER}.mask"] = mask.flip(0).contiguous()
+    model.load_state_dict(state, assign=assign)
+    ordinary = copy.deepcopy(model).dequantize()
+    torch.testing.assert_close(logits(model), logits(ordinary), rtol=0.02, atol=0.02)
+    state[f"{LAYER}.mask"] = mask | 1
+    with pytest.raises(UserError, match=f"{LAYER}.mask has .* bits set"):
+        model.load_state_dict(state, assign=assign)
+
+
+def test_a_deleted_model_frees_its_packed_weights(tmp_path: Path) -> None:
+    model = llmsparse.load(packed(tmp_path, "llama", "int8"), dtype=torch.float32)
+    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=x).logits.sum().backward()  # through the operators
+    watched = weakref.ref(model.get_submodule(LAYER).mask)
+    del model
+    gc.collect()
+    assert watched() is None

@@ -20,7 +20,6 @@ _DTYPES = {
     "int4": torch.uint8,
 }
 _HAS_SCALES = ("int8", "int4")
-_NO_MEMORY = 2  # enum result in run.c
 _NOT_BUILT = "the native kernels are not built: install llmsparse where a C compiler is (CC, or gcc)"
 
 
@@ -118,6 +117,15 @@ def _isa(name: str | None) -> int:
     return list(isas).index(asked)
 
 
+def used() -> str | None:
+    """The instruction set that products run in; None where no native kernel runs.
+
+    Raises:
+        ValueError: LLMSPARSE_ISA names one that cannot be used here.
+    """
+    return None if all(available().values()) else list(available())[_isa(None)]
+
+
 def _need(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -144,7 +152,7 @@ def starts(mask: Tensor, columns: int, per_byte: int = 1) -> Tensor:
     _need(
         tuple(mask.shape) == wanted, f"mask must be {wanted} for {columns} columns; it is {tuple(mask.shape)}"
     )
-    found = torch.empty(wanted[0] + 1, dtype=torch.int64)
+    found = torch.empty(wanted[0] + 1, dtype=torch.int64, device="cpu")
     threads = torch.get_num_threads()
     beyond = _library().check(mask.data_ptr(), wanted[0], columns, per_byte, found.data_ptr(), threads)
     _need(not beyond, f"mask has bits set beyond its {columns} columns")
@@ -241,7 +249,7 @@ def linear(matrix: Matrix, x: Tensor, isa: str | None = None) -> Tensor:
         and matrix.multiplies
     ):
         _check_inputs(matrix, x)
-    y = torch.empty(tokens, matrix.shape[0])
+    y = torch.empty(tokens, matrix.shape[0], dtype=torch.float32, device="cpu")
     failed = _library().linear(
         matrix._address,
         _isa(isa),
@@ -294,7 +302,7 @@ def _unpack(
     matrix: Matrix, chosen: Tensor | None, first: int, count: int, dtype: torch.dtype, isa: str | None
 ) -> Tensor:
     _need(dtype in (torch.float32, torch.bfloat16), f"rows unpack to float32 or bfloat16, not {dtype}")
-    out = torch.empty(count, matrix.shape[1], dtype=dtype)
+    out = torch.empty(count, matrix.shape[1], dtype=dtype, device="cpu")
     failed = _library().unpack(
         matrix._address,
         _isa(isa),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.grid import Grid
-from llmsparse.pattern import Pattern, Unstructured
+from llmsparse.pattern import Existing, Pattern, Unstructured
 from llmsparse.solution import Solution, masked
 from llmsparse.statistics import SquaredNorm
 
@@ -25,6 +25,8 @@ class Wanda:
         if isinstance(pattern, Unstructured):
             pattern = pattern.scoped("row")
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+        if isinstance(pattern, Existing):  # what is zero already, not what meets no input
+            return masked(weight, pattern.select(magnitude), grid)
         mask = pattern.select(magnitude * statistics.value.sqrt().to(magnitude))
         return masked(weight, mask, grid)
 

@@ -8,7 +8,8 @@ from llmsparse.grid import Grid
 from llmsparse.pattern import NM, Existing, Unstructured, parse
 from llmsparse.solution import masked
 from llmsparse.solvers.sparsegpt import SparseGPT
-from llmsparse.statistics import Gram
+from llmsparse.solvers.wanda import Wanda
+from llmsparse.statistics import Gram, SquaredNorm
 from tests.solvers.layer import Layer, layer
 from tests.solvers.test_oracle import CHUNK, chunk_mask, mask_of, plain_sparsegpt
 
@@ -120,3 +121,10 @@ def test_groups_of_a_pattern_and_of_a_grid_may_differ_in_width(name: str) -> Non
     assert pattern.allows(solution.mask)
     assert solution.codes is not None and solution.scales is not None
     assert torch.equal(solution.codes.double(), plain_joint(case, pattern, grid, solution.scales)[0])
+
+
+def test_wanda_keeps_the_weights_of_dead_inputs_when_it_only_rounds() -> None:
+    statistics = SquaredNorm(torch.zeros(64), tokens=10)
+    statistics.total[32:] = 1.0  # half of the inputs were never seen
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    assert Wanda()(weight, statistics, Existing(), Grid(8)).mask.all()
