@@ -128,10 +128,7 @@ def doctor(result: Row) -> RenderableType:
     ]
     lines = [
         f"processor: {result['processor']}; torch uses {result['threads']} threads",
-        *(
-            f"{key}: packed {1e6 * row['packed']:.1f} µs, dense {1e6 * row['dense']:.1f} µs, {row['used']} is used"
-            for key, row in result["products"].items()
-        ),
+        *_timed_products(result["products"]),
         *(
             []
             if result["used"]
@@ -180,6 +177,21 @@ def generate(result: Row) -> RenderableType:
 
 def _rate(value: float | None) -> str:
     return "too few to time" if value is None else f"{value:.1f} tokens/s"
+
+
+def _timed_products(products: Row) -> list[str]:
+    """How many kinds of layer were timed, and those that dense won; all of them are in --json."""
+    if not products:
+        return []
+    lost = [
+        f"{key}: packed {1e6 * row['packed']:.1f} µs, dense {1e6 * row['dense']:.1f} µs, dense is used"
+        for key, row in products.items()
+        if row["used"] == "dense"
+    ]
+    return [
+        f"{len(products)} kinds of packed layer timed, {len(products) - len(lost)} run packed (all: --json)",
+        *lost,
+    ]
 
 
 def choices(result: Row) -> RenderableType:
