@@ -115,7 +115,7 @@ class Packed:
         wrong = self.format.check(self, tensors)
         if wrong is None and "scales" in tensors:
             scales = tensors["scales"]
-            if not bool((scales.half().to(scales.dtype) == scales).all()):  # neither is NaN
+            if not bool((scales.isfinite() & (scales.half().to(scales.dtype) == scales)).all()):
                 wrong = "scales", "holds a number that is not finite, or that fp16 does not hold"
         if wrong is not None:
             name, reason = wrong

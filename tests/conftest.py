@@ -3,6 +3,7 @@
 import os
 import random
 import string
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
@@ -20,6 +21,13 @@ from llmsparse.gguf_checkpoint import smollm2 as converted_smollm2
 def threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models, whose products are too small to share; every core for a real one."""
     torch.set_num_threads(os.cpu_count() or 1 if "smollm2" in request.fixturenames else 1)
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """Gradients are on in every test, whatever ran before it in this process."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

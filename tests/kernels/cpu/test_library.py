@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -130,8 +131,8 @@ def test_a_nan_among_the_activations_stays_in_its_token(isa: str, masked: bool, 
 
 @isas
 def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full(size, float("nan"), dtype=dtype)
+    def poisoned(*size: int, **options: Any) -> Tensor:
+        return torch.full(size, float("nan"), **options)
 
     for kind in LINEAR_KINDS:
         for masked in (True, False):
