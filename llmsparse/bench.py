@@ -50,10 +50,7 @@ def bench(
         UserError: the model has no zeros and no pattern is given, is packed, or the native kernels are not built.
     """
     progress = progress or Quiet()
-    try:
-        kernels = library.used()
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    kernels = library.used()
     if kernels is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in library.available().items())
         raise UserError(f"no native kernel runs here, there is nothing to time ({reasons})")

@@ -7,7 +7,6 @@ import torch
 
 from llmsparse import choice
 from llmsparse.device import processor
-from llmsparse.errors import UserError
 from llmsparse.kernels.cpu import library
 from llmsparse.report import versions
 
@@ -16,13 +15,6 @@ EXTRAS = {  # extra -> a module that it brings, what it is for
     "report": ("matplotlib", "the report page"),
     "gguf": ("gguf", "reading GGUF files"),
 }
-
-
-def _used() -> str | None:
-    try:
-        return library.used()
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def doctor() -> dict[str, Any]:
@@ -40,7 +32,7 @@ def doctor() -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "kernels": kernels,
-        "used": _used(),
+        "used": library.used(),
         "products": {
             key: {
                 "packed": timing.packed,

@@ -136,7 +136,8 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
         if weight.name in patterns and (not stored.is_floating_point or stored.itemsize < 2):
             name = str(stored).removeprefix("torch.")
             raise UserError(f"{weight.source} is stored as {name}; prune the unquantised checkpoint")
-    grid = Grid.parse(recipe.values) if isinstance(recipe.values, str) else recipe.values
+    values: Any = recipe.values
+    grid = Grid.parse(values) if isinstance(values, str) else values
     if grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
     recipe = with_defaults(recipe, config)

@@ -34,7 +34,7 @@ class Recipe:
     sequence_length: int | None = _option(
         None, "tokens a window (default 2048, builtin 512; at most what the model takes)"
     )
-    values: Any = _option(
+    values: str | None = _option(  # or a Grid
         None, "int8, int4:32 or int4:64: round inside the solver (default: values stay floating-point)"
     )
     embeddings: str | None = _option(

@@ -1,5 +1,9 @@
 """bench and doctor: every form is timed, and what is missing is said."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from llmsparse.errors import UserError
 from llmsparse.kernels.cpu import library
 from llmsparse.prune import prune
 from tests.packed_tiny import packed
+from tests.pruned import ONE_THREAD
 from tests.tiny import save_tiny
 
 needs_kernels = pytest.mark.skipif(
@@ -88,3 +93,24 @@ def test_doctor_without_a_library_says_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr(library, "available", lambda: {"native": "not built here"})
     found = doctor()
     assert found["used"] is None and found["kernels"] == {"native": "not built here"}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor"],
+        ["bench", "model", "--pattern", "50%"],
+        ["generate", "packed", "--prompt", "a", "--max-new-tokens", "4"],
+    ],
+)
+def test_an_instruction_set_that_is_unknown_is_one_line(command: list[str], tmp_path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    packed(tmp_path / "made", "llama", "int8").rename(tmp_path / "packed")
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "llmsparse", *command], cwd=tmp_path, capture_output=True, text=True,
+        env={**ONE_THREAD, "LLMSPARSE_ISA": "mmx", "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "LLMSPARSE_ISA=mmx is unknown; known are" in done.stderr

@@ -27,10 +27,12 @@ def test_there_is_a_recipe_for_each_row_of_the_readme():
 
 def test_a_pattern_is_not_read_as_a_time_of_day(tmp_path):
     file = tmp_path / "r.yaml"
-    file.write_text("pattern: 2:4\nseed: 3\ntrust-remote-code: true\nskip: [a, b]\nsamples: null\n")
+    file.write_text(
+        "pattern: 2:4\nseed: 3\ntrust-remote-code: true\nskip: [a, b]\nsamples: null\nvalues: null\n"
+    )
     recipe = Recipe.of(file, {})
     assert recipe.pattern == ("2:4",) and recipe.seed == 3 and recipe.trust_remote_code is True
-    assert recipe.skip == ("a", "b") and recipe.samples is None
+    assert recipe.skip == ("a", "b") and recipe.samples is None and recipe.values is None
 
 
 @pytest.mark.parametrize(

@@ -187,17 +187,6 @@ INLINE void integer_rows(const struct source *w, const struct activations *x, in
     }
 }
 
-#define BF16_ROWS(tokens)                              \
-    if (w->matrix->mask)                               \
-        bf16_rows(w, x, first, last, y, tokens, 0);    \
-    else                                               \
-        bf16_rows(w, x, first, last, y, tokens, 1)
-#define INTEGER_ROWS(tokens)                                   \
-    if (w->matrix->mask)                                       \
-        integer_rows(w, x, first, last, y, tokens, 0, INT4_);  \
-    else                                                       \
-        integer_rows(w, x, first, last, y, tokens, 1, INT4_)
-
 AVX2 static void bf16(const struct source *w, const struct activations *x, int64_t first, int64_t last, float *y)
 {
     FOR_TOKENS(x, BF16_ROWS)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmsparse.errors import UserError
+
 MAX_TOKENS = 8
 _KINDS = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}  # enum kind in matrix.h
 _DTYPES = {
@@ -110,10 +112,10 @@ def _isa(name: str | None) -> int:
         return next(index for index, reason in enumerate(isas.values()) if reason is None)
     source = "isa" if name else "LLMSPARSE_ISA"
     if asked not in isas:
-        raise ValueError(f"{source}={asked} is unknown; known are {', '.join(isas)}")
+        raise UserError(f"{source}={asked} is unknown; known are {', '.join(isas)}")
     if isas[asked] is not None:
         usable = ", ".join(isa for isa, reason in isas.items() if reason is None)
-        raise ValueError(f"{source}={asked} is unusable: {isas[asked]}; usable are {usable}")
+        raise UserError(f"{source}={asked} is unusable: {isas[asked]}; usable are {usable}")
     return list(isas).index(asked)
 
 
@@ -121,7 +123,7 @@ def used() -> str | None:
     """The instruction set that products run in; None where no native kernel runs.
 
     Raises:
-        ValueError: LLMSPARSE_ISA names one that cannot be used here.
+        UserError: LLMSPARSE_ISA names one that cannot be used here.
     """
     return None if all(available().values()) else list(available())[_isa(None)]
 

@@ -83,6 +83,18 @@ static inline int whole_halves(const struct matrix *m) { return m->group % 32 ==
     default: call(8); break;           \
     }
 
+/* What FOR_TOKENS calls in a file that has bf16_rows and integer_rows: with a mask or dense, known when compiled. */
+#define BF16_ROWS(tokens)                              \
+    if (w->matrix->mask)                               \
+        bf16_rows(w, x, first, last, y, tokens, 0);    \
+    else                                               \
+        bf16_rows(w, x, first, last, y, tokens, 1)
+#define INTEGER_ROWS(tokens)                                   \
+    if (w->matrix->mask)                                       \
+        integer_rows(w, x, first, last, y, tokens, 0, INT4_);  \
+    else                                                       \
+        integer_rows(w, x, first, last, y, tokens, 1, INT4_)
+
 /* Sums that one token keeps apart, so that an addition need not wait for the one before it. */
 #define CHAINS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 2 : 1)
 
