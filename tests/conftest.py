@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and fork
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before a kernel is imported: Triton decides then
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from llmsparse.errors import UserError
 from llmsparse.gguf_checkpoint import smollm2 as converted_smollm2
 
