@@ -1,6 +1,9 @@
 """How a Triton kernel is launched: what the offline compiler, the tests of its machine code and the tuner need to know."""
 
+import os
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Launch(NamedTuple):
@@ -18,3 +21,13 @@ class Launch(NamedTuple):
     weights: int = 0
     aligned: tuple[str, ...] = ()
     stages: int = 1
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter runs the kernels: it knows no instructions of a machine."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def written(dtype: torch.dtype) -> torch.dtype:
+    """What kernels write for a result in ``dtype``: float32 in the interpreter, which truncates to bfloat16."""
+    return torch.float32 if interprets() else dtype

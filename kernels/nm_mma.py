@@ -1,0 +1,303 @@
+"""2:4 weights times up to 32 tokens on sparse tensor cores, through the instruction mma.sp (PTX ISA, 9.7.14.5).
+
+Weights lie in the order in which a warp's lanes hold them (m16n8k32), so one 128-bit load brings a lane its part of a
+16 x 32 tile: 1.125 bytes a weight, no shared memory. Of a product's 8 columns each is a token.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmsparse.kernels import two_of_four
+from llmsparse.kernels.launch import Launch, interprets, written
+from llmsparse.kernels.split_sum import split_sum
+
+MAX_TOKENS = 32
+WARPS = 4
+ROWS = 16 * WARPS  # of a program
+PAIR = 64  # inputs of two steps, whose metadata share a word
+PROGRAMS = (
+    528  # to be launched at least, where there is work for them: four for each multiprocessor of an H100
+)
+UNROLL = 2  # pairs of steps in a turn of the loop: loads in flight
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CONSTRAINTS = "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r"
+LAYOUT = "sizePerThread = [1, 4], threadsPerWarp = [32, 1], warpsPerCTA = [{warps}, 1], order = [1, 0]"
+
+
+def why_not(numbers: Tensor, values: str) -> str | None:
+    """Why this kernel cannot hold a weight; None where it can."""
+    if values not in DTYPES:
+        return f"sparse tensor cores take bf16 and fp16 here, not {values}"
+    return two_of_four.why_not(numbers)
+
+
+def pack(numbers: Tensor, values: str, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Fragments int32 (blocks, steps, warps, 32, 4) and metadata int32 (blocks, steps / 2, warps, 32).
+
+    A word of a fragment holds the two numbers of one group; lane = 4 * row + group, for 8 rows and 4 groups, and the
+    four words are (row, group), (row + 8, group), (row, group + 4), (row + 8, group + 4).
+    """
+    out, columns = numbers.shape
+    padded = torch.nn.functional.pad(numbers, (0, -columns % PAIR, 0, -out % ROWS))
+    stored, places = two_of_four.compress(padded)
+    words = _pairs(stored[..., 0], stored[..., 1])  # (out, groups)
+    shape = (len(padded) // ROWS, WARPS, 2, 8, padded.shape[1] // 32)  # blocks, warps, row half, row, steps
+    fragments = words.view(*shape, 2, 4).permute(0, 4, 1, 3, 6, 5, 2)
+    nibbles = (places[..., 0] | places[..., 1] << 2).view(len(padded), -1, 4)
+    shifts = torch.arange(0, 16, 4, device=numbers.device)
+    quarters = (nibbles << shifts).sum(2)  # (out, in / 16)
+    halves = quarters.view(*shape[:4], shape[4] // 2, 2, 2).permute(0, 4, 1, 3, 5, 6, 2)
+    metadata = _pairs(halves[..., 0], halves[..., 1])
+    lanes = (shape[0], shape[4], WARPS, 32)
+    return fragments.reshape(*lanes, 4).contiguous(), metadata.reshape(lanes[0], -1, WARPS, 32).contiguous()
+
+
+def unpacked(tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """The reverse of ``pack``: int16 (out, in)."""
+    fragments, metadata = tensors
+    blocks, steps = fragments.shape[:2]
+    rows, groups = blocks * ROWS, steps * 8
+    words = (
+        fragments.view(blocks, steps, WARPS, 8, 4, 2, 2).permute(0, 2, 6, 3, 1, 5, 4).reshape(rows, groups)
+    )
+    halves = torch.stack([metadata & 0xFFFF, metadata >> 16 & 0xFFFF], 4)
+    quarters = halves.view(blocks, steps // 2, WARPS, 8, 2, 2, 2).permute(0, 2, 6, 3, 1, 4, 5)
+    shifts = torch.arange(0, 16, 4, device=words.device)
+    nibbles = (quarters.reshape(rows, -1, 1) >> shifts & 15).reshape(rows, groups).long()
+    stored = torch.stack([words << 16 >> 16, words >> 16], 2).to(torch.int16)
+    return two_of_four.spread(stored, torch.stack([nibbles & 3, nibbles >> 2], 2))[: shape[0], : shape[1]]
+
+
+def _pairs(low: Tensor, high: Tensor) -> Tensor:
+    """Two 16-bit numbers in an int32."""
+    return low.to(torch.int32) & 0xFFFF | high.to(torch.int32) << 16
+
+
+def reference(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor) -> Tensor:
+    """x (tokens, in) times the transposed weight in float64: (tokens, out)."""
+    return x.double() @ unpacked(tensors, shape).contiguous().view(DTYPES[values]).double().T
+
+
+@triton.jit
+def kernel(
+    fragments, metadata, x, y, steps, words, tokens, rows, per,
+    WARPS: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr,
+    CONSTRAINTS: tl.constexpr, UNROLL: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """y[part, m, n] = sum over the part's k of x[m, k] w[n, k], for WARPS * 16 rows n and TILES * 8 tokens m."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    thread, word = tl.arange(0, WARPS * 32), tl.arange(0, 4)[None, :]
+    lane = thread % 32
+    zero = tl.zeros((WARPS * 32, 4), dtype=tl.int32)
+    c0 = tl.zeros((WARPS * 32, 4), dtype=tl.float32)
+    c1, c2, c3 = c0, c0, c0
+    a = fragments + (block.to(tl.int64) * steps * (WARPS * 32) + thread)[:, None] * 4 + word
+    e = metadata + block.to(tl.int64) * (steps // 2) * (WARPS * 32) + thread
+    b0 = x + _inputs(0, lane[:, None], word, steps, words, tokens, PACKED)
+    b1 = x + _inputs(1, lane[:, None], word, steps, words, tokens, PACKED)
+    b2 = x + _inputs(2, lane[:, None], word, steps, words, tokens, PACKED)
+    b3 = x + _inputs(3, lane[:, None], word, steps, words, tokens, PACKED)
+    step: tl.constexpr = 128 if PACKED else 16
+    for k in tl.range(part * per, tl.minimum((part + 1) * per, steps), 2, loop_unroll_factor=UNROLL):
+        even = tl.load(a + k * (WARPS * 128), eviction_policy="evict_first")
+        odd = tl.load(a + (k + 1) * (WARPS * 128), eviction_policy="evict_first")
+        places = tl.load(e + (k // 2) * (WARPS * 32), eviction_policy="evict_first")[:, None] + zero
+        c0 = _multiply(even, tl.load(b0 + k * step), c0, places, EVEN, CONSTRAINTS, BY_HAND)
+        c0 = _multiply(odd, tl.load(b0 + (k + 1) * step), c0, places, ODD, CONSTRAINTS, BY_HAND)
+        if TILES > 1:
+            c1 = _multiply(even, tl.load(b1 + k * step), c1, places, EVEN, CONSTRAINTS, BY_HAND)
+            c1 = _multiply(odd, tl.load(b1 + (k + 1) * step), c1, places, ODD, CONSTRAINTS, BY_HAND)
+        if TILES > 2:
+            c2 = _multiply(even, tl.load(b2 + k * step), c2, places, EVEN, CONSTRAINTS, BY_HAND)
+            c2 = _multiply(odd, tl.load(b2 + (k + 1) * step), c2, places, ODD, CONSTRAINTS, BY_HAND)
+            c3 = _multiply(even, tl.load(b3 + k * step), c3, places, EVEN, CONSTRAINTS, BY_HAND)
+            c3 = _multiply(odd, tl.load(b3 + (k + 1) * step), c3, places, ODD, CONSTRAINTS, BY_HAND)
+    row = block * (WARPS * 16) + (thread // 32 * 16 + lane // 4)[:, None] + word // 2 * 8
+    token = (lane % 4 * 2)[:, None] + word % 2
+    y += part.to(tl.int64) * tokens * rows
+    _store(y, c0, token, row, tokens, rows)
+    if TILES > 1:
+        _store(y, c1, token + 8, row, tokens, rows)
+    if TILES > 2:
+        _store(y, c2, token + 16, row, tokens, rows)
+        _store(y, c3, token + 24, row, tokens, rows)
+
+
+@triton.jit
+def _inputs(tile, lane, word, steps, words, tokens, PACKED: tl.constexpr):
+    """Where a lane's four words (two inputs each) of the first step of a tile of 8 tokens lie."""
+    if PACKED:
+        return tile * steps * 128 + lane * 4 + word
+    else:  # tokens that do not exist are read as the last one, and not stored
+        return tl.minimum(tile * 8 + lane // 4, tokens - 1) * words + lane % 4 + word * 4
+
+
+@triton.jit
+def _store(y, c, token, row, tokens, rows):
+    inside = (token < tokens) & (row < rows)
+    tl.store(y + token * rows + row, c.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _multiply(a, b, c, e, CODE: tl.constexpr, CONSTRAINTS: tl.constexpr, BY_HAND: tl.constexpr):
+    """c + a b of one step on each warp: by the instruction CODE, or by hand, where CODE is the step's parity."""
+    if BY_HAND is None:
+        return tl.inline_asm_elementwise(
+            CODE, CONSTRAINTS, [a, b, c, e], dtype=tl.float32, is_pure=True, pack=4
+        )
+    else:
+        return c + _by_hand(a, b, e, CODE, BY_HAND == "bf16")
+
+
+@triton.jit
+def _by_hand(a, b, e, PARITY: tl.constexpr, BF16: tl.constexpr):
+    """What mma.sp computes, by the maps of its fragments: lane and word -> row, column; metadata -> place."""
+    size: tl.constexpr = a.numel
+    flat = tl.arange(0, size)
+    lane, word = flat // 4 % 32, flat % 4
+    warp = flat // 128 * 32
+    row, token = lane // 4 + word // 2 * 8, lane % 4 * 2 + word % 2
+    a, b, e = tl.reshape(a, (size,)), tl.reshape(b, (size,)), tl.reshape(e, (size,))
+    total = tl.zeros((size,), dtype=tl.float32)
+    for column in tl.static_range(16):  # of the 16 kept of 32 inputs
+        group: tl.constexpr = column // 2
+        holder = warp + row % 8 * 4
+        value = tl.gather(a, (holder + group % 4) * 4 + row // 8 + group // 4 * 2, 0)
+        places = tl.gather(e, (holder + 2 * PARITY + group // 4) * 4, 0) >> (row // 8 * 16)
+        place = places >> (group % 4 * 4 + column % 2 * 2) & 3
+        k = group * 4 + place
+        inputs = tl.gather(b, (warp + token * 4 + k % 8 // 2) * 4 + k // 8, 0)
+        total += _half(value, column % 2, BF16) * _half(inputs, k % 2, BF16)
+    return tl.reshape(total, (size // 4, 4))
+
+
+@triton.jit
+def _half(pair, which, BF16: tl.constexpr):
+    """The lower or the upper number of a pair, in float32."""
+    bits = pair >> (which * 16) & 0xFFFF
+    if BF16:
+        return (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pack_inputs(x, out, steps, words, tokens, TILE: tl.constexpr):
+    """Pairs of inputs (tokens, words) into the order of the lanes: int32 (tiles, steps, 32, 4), zero where none is."""
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    word, lane, step = place % 4, place // 4 % 32, place // 128 % steps
+    token, pair = place // (128 * steps) * 8 + lane // 4, step * 16 + lane % 4 + word * 4
+    inside = (token < tokens) & (pair < words)
+    tl.store(out + place, tl.load(x + token * words + pair, mask=inside, other=0))
+
+
+def linear(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor) -> Tensor:
+    """x (1 to 32 tokens, in) of the weight's dtype, contiguous -> (tokens, out)."""
+    return product(tensors, shape, values, x, _splits(*tensors[0].shape[:2]))
+
+
+def product(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor, splits: int) -> Tensor:
+    """``linear`` with the inputs split among so many programs."""
+    (fragments, metadata), (rows, columns), tokens = tensors, shape, len(x)
+    blocks, steps = fragments.shape[:2]
+    tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    packed = (
+        tiles > 1 or columns != steps * 32
+    )  # a tile alone: reading what packing saves is cheaper than a launch
+    inputs = x.view(torch.int32)
+    if packed:
+        inputs = torch.empty(tiles * steps * 128, dtype=torch.int32, device=x.device)
+        pack_inputs[(tiles * steps,)](
+            x.view(torch.int32), inputs, steps, columns // 2, tokens, TILE=128, num_warps=1
+        )
+    per = triton.cdiv(steps // 2, splits) * 2
+    parts = triton.cdiv(steps, per)
+    dtype = written(x.dtype) if parts == 1 else torch.float32
+    y = torch.empty(parts, tokens, rows, dtype=dtype, device=x.device)
+    kernel[(blocks, parts)](
+        fragments, metadata, inputs, y, steps, columns // 2, tokens, rows, per,
+        **_constants(values, tiles, packed, interprets()), num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y[0].to(x.dtype) if parts == 1 else split_sum(y, x.dtype)
+
+
+def _splits(blocks: int, steps: int) -> int:
+    """Enough programs, none of fewer than eight steps."""
+    return max(min(PROGRAMS // blocks, steps // 8), 1)
+
+
+def _constants(values: str, tiles: int, packed: bool, interpreted: bool) -> dict[str, object]:
+    even, odd = (0, 1) if interpreted else (_instruction(values, 0), _instruction(values, 1))
+    return {
+        "WARPS": WARPS, "TILES": tiles, "PACKED": packed, "EVEN": even, "ODD": odd,
+        "CONSTRAINTS": CONSTRAINTS, "UNROLL": UNROLL, "BY_HAND": values if interpreted else None,
+    }  # fmt: skip
+
+
+def _instruction(values: str, selector: int) -> str:
+    """mma.sp of a step; ``selector``: which half of a quad's lanes has its metadata."""
+    return (
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{values}.{values}.f32 {{$0,$1,$2,$3}}, "
+        f"{{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$12,$13,$14,$15}}, $16, {selector};"
+    ).replace("fp16", "f16")
+
+
+def contract(assembly: Mapping[str, str], warps: int = WARPS) -> str | None:
+    """Why what Triton compiled is not what the packing relies on: a lane holds a row of four words.
+
+    Triton leaves open which lane holds which element, so it is read in what was compiled.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", assembly["ttgir"], re.M))
+    used = re.findall(r"tt\.elementwise_inline_asm.*-> tensor<[^,>]*, (#\w+)>", assembly["ttgir"])
+    if not used or any(layouts.get(name) != LAYOUT.format(warps=warps) for name in used):
+        return f"Triton lays its operands out as {sorted({layouts.get(name, name) for name in used})}"
+    if "mma.sp::ordered_metadata" not in assembly["ptx"]:
+        return "Triton's PTX has no mma.sp"
+    return None
+
+
+def usable(device: torch.device, values: str) -> str | None:
+    """Why the kernel cannot run on ``device``: what is compiled there breaks the contract, or a tile is wrong."""
+    if not interprets():
+        if device.type != "cuda" or torch.version.hip:
+            return "mma.sp is an instruction of NVIDIA GPUs"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "sparse tensor cores came with compute capability 8.0"
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(ROWS, 4 * PAIR, generator=random).to(DTYPES[values])
+    kept = weight.view(ROWS, -1, 4).float().abs().argsort(2).argsort(2) > 1
+    numbers = weight.masked_fill(~kept.view(weight.shape), 0.0).to(device).view(torch.int16)
+    shape, packed = (ROWS, 4 * PAIR), pack(numbers, values)
+    for tokens in (8, 16, 32):
+        x = torch.randn(tokens, shape[1], generator=random).to(device, DTYPES[values])
+        wanted = reference(packed, shape, values, x)
+        error = (product(packed, shape, values, x, 2).double() - wanted).norm() / wanted.norm()
+        if not error < 0.01:
+            return f"its product of one tile is wrong by {float(error):.2g} of its norm"
+    return None if interprets() else _compiled_as_agreed(device)
+
+
+def _compiled_as_agreed(device: torch.device) -> str | None:
+    """The contract, read in every version of the kernel that was compiled for ``device``."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    cache = kernel.device_caches[index][0]
+    return next((why for compiled in cache.values() if (why := contract(compiled.asm))), None)
+
+
+def launches() -> list[Launch]:
+    signature = {"fragments": "*i32", "metadata": "*i32", "x": "*i32", "y": "*fp32"}
+    signature |= dict.fromkeys(("steps", "words", "tokens", "rows", "per"), "i32")
+    aligned = ("fragments", "metadata", "x", "y", "words", "rows")
+    found = []
+    for values in DTYPES:
+        for tiles in (1, 2, 4):
+            constants = _constants(values, tiles, tiles > 1, interpreted=False)
+            weights = UNROLL * ROWS * PAIR
+            name = f"{values}, {8 * tiles} tokens"
+            found.append(Launch(name, kernel, signature, constants, WARPS, weights, aligned))
+    return found
