@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -13,15 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmsparse import held, native
+from llmsparse import dispatch, gpu, held, native
 from llmsparse.atomic import write_whole
 from llmsparse.device import processor
-from llmsparse.errors import UserError
 from llmsparse.gguf_checkpoint import cache_folder
 from llmsparse.kernels.cpu import library
 
-VARIABLE = "LLMSPARSE_PRODUCTS"
-WAYS = ("measured", "packed", "dense")
 ROUNDS = 24
 COPIES = 3  # dense weights made for a timing: less than a block's
 LOG = logging.getLogger("llmsparse")
@@ -49,17 +45,20 @@ def choose(modules: Iterable[Any], untimed: Any = None) -> None:
     Raises:
         UserError: the variable says something else.
     """
-    way = os.environ.get(VARIABLE) or WAYS[0]
-    if way not in WAYS:
-        raise UserError(f"{VARIABLE}={way} is unknown; use {', '.join(WAYS)}")
+    way = dispatch.asked(dispatch.PRODUCTS, dispatch.WAYS)
     kinds: dict[str, list[Any]] = {}
+    on_gpu = []
     for module in modules:
+        where = getattr(module, module.parts[0]).device
+        if gpu.here(where):
+            module.place = where
+            on_gpu.append(module)
+            continue
         held.stay_dense(module, way == "dense")
-        x = torch.empty(
-            1, module.packed.shape[1], dtype=module.dtype, device=getattr(module, module.parts[0]).device
-        )
+        x = torch.empty(1, module.packed.shape[1], dtype=module.dtype, device=where)
         if way == "measured" and module is not untimed and native.why_not(x) is None:
             kinds.setdefault(_signature(module), []).append(module)
+    dispatch.lay_out(on_gpu)
     for key, members in kinds.items():
         wins = _timing(key, members).dense_wins
         for module in members:

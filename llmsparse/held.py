@@ -11,6 +11,8 @@ from llmsparse import ops
 from llmsparse.ops import Stored
 from llmsparse.packed import Packed
 
+UNREAD = "a packed weight"  # in place of a name
+
 
 def hold(module: Any, packed: Packed, dtype: torch.dtype) -> None:
     """Give ``module`` the buffers of ``packed`` in their final shapes, to be filled by a loader.
@@ -25,7 +27,7 @@ def hold(module: Any, packed: Packed, dtype: torch.dtype) -> None:
         module.register_buffer(name, torch.empty(shape, dtype=part, device="meta"))
     module._stored = None
     module.stays_dense = False
-    module.path = "a packed weight"
+    module.path = UNREAD
     module.register_load_state_dict_post_hook(_loaded)
 
 
@@ -62,6 +64,18 @@ def ready(module: Any, path: str) -> None:
     if starts is not None:
         module.register_buffer("starts", starts, persistent=False)
         module.parts = (*tensors, "starts")
+    module._stored = None
+
+
+def is_ready(module: Any) -> bool:
+    """Whether the tensors were loaded and checked."""
+    return module.path != UNREAD and not module._buffers[module.parts[0]].is_meta
+
+
+def keep_on_cpu(module: Any) -> None:
+    """The packed tensors go to the CPU, where they are saved from: a GPU multiplies by a layout of its own."""
+    for name in module.parts:
+        module._buffers[name] = module._buffers[name].cpu()
     module._stored = None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse import bits, native
+from llmsparse import bits, gpu, native
 from llmsparse.errors import UserError
 from llmsparse.kernels.cpu import library
 from llmsparse.packed import Packed
@@ -82,9 +82,18 @@ def through_operators(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     return x.requires_grad
 
 
-def linear(stored: Stored, x: Tensor) -> Tensor:
+def on_gpu(module: Any, x: Tensor) -> Tensor:
+    """x (..., in) times the transposed weight of a module with a ``layer`` on a GPU: (..., out)."""
+    if through_operators(x, module.gpu_tensors):
+        return torch.ops.llmsparse.packed_linear(x, module.gpu_tensors, module.gpu_key)
+    return module.layer.linear(x)
+
+
+def linear(stored: "Stored | gpu.Layer", x: Tensor) -> Tensor:
     """x (..., in) times the transposed weight: (..., out); no gradients."""
-    if stored.stays_dense:
+    if isinstance(stored, gpu.Layer):
+        return stored.linear(x)
+    if stored.stays_dense or gpu.here(x.device):  # there an output layer, whose table is looked up in as well
         return torch.nn.functional.linear(x, stored.kept_dense(x.dtype))
     if (reason := native.why_not(x)) is None:
         return stored.product(x)
@@ -127,6 +136,8 @@ def _(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
 def packed_linear_input_gradient(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
     """The gradient with respect to x: gradient (..., out) times the weight, in panels of rows."""
     stored = _stored(tensors, key)
+    if isinstance(stored, gpu.Layer):
+        return stored.input_gradient(gradient)
     out, columns = stored.packed.shape
     exact = torch.promote_types(gradient.dtype, torch.float32)
     found = torch.zeros(*gradient.shape[:-1], columns, dtype=exact, device=gradient.device)
@@ -156,7 +167,9 @@ packed_linear.register_autograd(_backward, setup_context=_keep)
 @torch.library.custom_op("llmsparse::packed_gather", mutates_args=())
 def packed_gather(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
     """``gather`` for ``torch.compile`` and ``torch.export``."""
-    return gather(_stored(tensors, key), ids, dtype)
+    stored = _stored(tensors, key)
+    assert isinstance(stored, Stored)  # tables have no layer
+    return gather(stored, ids, dtype)
 
 
 @packed_gather.register_fake
@@ -169,8 +182,10 @@ def _packed(key: str) -> Packed:
     return Packed.parse("a packed weight", json.loads(key))
 
 
-def _stored(tensors: Sequence[Tensor], key: str) -> Stored:
+def _stored(tensors: Sequence[Tensor], key: str) -> Stored | gpu.Layer:
     """Made once for the same tensors, and kept by the first of them: a kernel's view of a weight counts its bits."""
+    if '"gpu"' in key:
+        return _layer(tensors, key)
     found = getattr(tensors[0], "_llmsparse_stored", None)
     if (
         found is None
@@ -181,6 +196,19 @@ def _stored(tensors: Sequence[Tensor], key: str) -> Stored:
         found.key = key
         tensors[0]._llmsparse_stored = found  # type: ignore[attr-defined]
     return found
+
+
+def _layer(tensors: Sequence[Tensor], key: str) -> gpu.Layer:
+    """The same for a weight on a GPU."""
+    kept = getattr(tensors[0], "_llmsparse_layer", None)
+    if (
+        kept is None
+        or kept[0] != key
+        or any(a is not b for a, b in zip(kept[1].tensors, tensors, strict=True))
+    ):
+        kept = key, gpu.Layer.parse(key, tensors)
+        tensors[0]._llmsparse_layer = kept  # type: ignore[attr-defined]
+    return kept[1]
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmsparse import held, ops
+from llmsparse import gpu, held, ops
 from llmsparse.errors import UserError
 from llmsparse.packed import Packed
 
@@ -18,6 +18,9 @@ class SparseLinear(nn.Module):
     """
 
     packed: Packed
+    dtype: torch.dtype
+    parts: tuple[str, ...]
+    path: str
 
     def __init__(
         self, packed: Packed, dtype: torch.dtype, bias: nn.Parameter | None = None, transposed: bool = False
@@ -27,14 +30,19 @@ class SparseLinear(nn.Module):
         self.transposed = transposed
         self.bias = bias
         held.hold(self, packed, dtype)
+        self.place = torch.device(
+            "cpu"
+        )  # where it multiplies; packed tensors stay on the CPU when that is a GPU
+        self.put(None)
+        self.register_load_state_dict_post_hook(_laid_out_anew)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = held.linear(self, x)
+        found = held.linear(self, x) if self.layer is None else ops.on_gpu(self, x)
         return found if self.bias is None else found + self.bias
 
     def unpack(self, dtype: torch.dtype) -> nn.Module:
         """The ordinary layer with the same weights."""
-        weight = held.stored(self).dense(dtype)
+        weight = held.stored(self).dense(dtype).to(self.place)
         layer: nn.Module
         if self.transposed:
             layer, weight = Conv1D(0, self.in_features), weight.T.contiguous()
@@ -58,10 +66,44 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         super()._apply(fn, recurse)
         held.moved(self, fn)
+        self.settle(fn(torch.empty(0, dtype=self.dtype, device=self._where())).device)
         return self
+
+    def settle(self, place: torch.device) -> None:
+        """Multiply at ``place`` from now on; on a GPU the weight is laid out there, unless it is not loaded yet."""
+        self.place = place
+        self.put(None)
+        if gpu.here(place) and held.is_ready(self):
+            from llmsparse import dispatch  # it lays out what this file defines
+
+            dispatch.lay_out([self])
+
+    def put(self, layer: gpu.Layer | None) -> None:
+        """Multiply by ``layer`` on a GPU, or, with None, by the packed tensors where they are."""
+        self.layer = layer
+        self.gpu_tensors = [] if layer is None else list(layer.tensors)
+        self.gpu_key = "" if layer is None else layer.key
+        if layer is not None:
+            held.keep_on_cpu(self)
+
+    def weight_for_kernels(self) -> tuple[Packed, Tensor, Tensor | None]:
+        """The entry, the numbers (out, in) and the scales, at the ``place`` of this layer."""
+        tensors = {name: self.get_buffer(name).to(self.place) for name in self.packed.tensors()}
+        starts = self.get_buffer("starts").to(self.place) if "starts" in self.parts else None
+        return self.packed, gpu.numbers_of(self.packed, tensors, starts), tensors.get("scales")
+
+    def _where(self) -> torch.device:
+        packed = self.get_buffer(self.parts[0]).device
+        return packed if self.layer is None else self.place
 
     @property
     def weight(self) -> Tensor:
         """A shape and a dtype, for code that asks for them; ``unpack`` gives values."""
         rows, columns = self.packed.shape
         return held.no_weight(self, (columns, rows) if self.transposed else (rows, columns))
+
+
+def _laid_out_anew(module: SparseLinear, incompatible: Any) -> None:
+    """After ``load_state_dict``: a layout on a GPU is that of the new weight."""
+    if module.layer is not None:
+        module.settle(module.place)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llmsparse
-from llmsparse import choice
+from llmsparse import choice, dispatch
 from llmsparse.choice import Timing, time_forms
 from llmsparse.errors import UserError
 from llmsparse.kernels.cpu import library
@@ -24,7 +24,7 @@ needs_kernels = pytest.mark.skipif(
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv(choice.VARIABLE, "measured")
+    monkeypatch.setenv(dispatch.PRODUCTS, "measured")
     return tmp_path / "cache" / "llmsparse" / "products.json"
 
 
@@ -61,13 +61,13 @@ def test_the_faster_way_is_used_and_the_log_says_so(
 
 @pytest.mark.parametrize("way", ["packed", "dense"])
 def test_the_variable_decides_without_timing(way: str, cache: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
-    monkeypatch.setenv(choice.VARIABLE, way)
+    monkeypatch.setenv(dispatch.PRODUCTS, way)
     model = llmsparse.load(packed(tmp_path, "llama", "int8"))
     assert {layer.stays_dense for layer in layers(model)} == {way == "dense"} and not cache.exists()
 
 
 def test_an_unknown_way_is_refused(cache: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
-    monkeypatch.setenv(choice.VARIABLE, "sometimes")
+    monkeypatch.setenv(dispatch.PRODUCTS, "sometimes")
     with pytest.raises(UserError, match="measured, packed, dense"):
         llmsparse.load(packed(tmp_path, "llama", "int8"))
 
