@@ -158,22 +158,18 @@ def _multiply(a, b, c, e, CODE: tl.constexpr, CONSTRAINTS: tl.constexpr, BY_HAND
 def _by_hand(a, b, e, PARITY: tl.constexpr, BF16: tl.constexpr):
     """What mma.sp computes, by the maps of its fragments: lane and word -> row, column; metadata -> place."""
     size: tl.constexpr = a.numel
-    flat = tl.arange(0, size)
-    lane, word = flat // 4 % 32, flat % 4
-    warp = flat // 128 * 32
-    row, token = lane // 4 + word // 2 * 8, lane % 4 * 2 + word % 2
+    place = tl.arange(0, size * 16)
+    kept, element = place % 16, place // 16  # of the 16 kept of 32 inputs; of the result
+    lane, word, warp = element // 4 % 32, element % 4, element // 128 * 32
+    row, token, group = lane // 4 + word // 2 * 8, lane % 4 * 2 + word % 2, kept // 2
     a, b, e = tl.reshape(a, (size,)), tl.reshape(b, (size,)), tl.reshape(e, (size,))
-    total = tl.zeros((size,), dtype=tl.float32)
-    for column in tl.static_range(16):  # of the 16 kept of 32 inputs
-        group: tl.constexpr = column // 2
-        holder = warp + row % 8 * 4
-        value = tl.gather(a, (holder + group % 4) * 4 + row // 8 + group // 4 * 2, 0)
-        places = tl.gather(e, (holder + 2 * PARITY + group // 4) * 4, 0) >> (row // 8 * 16)
-        place = places >> (group % 4 * 4 + column % 2 * 2) & 3
-        k = group * 4 + place
-        inputs = tl.gather(b, (warp + token * 4 + k % 8 // 2) * 4 + k // 8, 0)
-        total += _half(value, column % 2, BF16) * _half(inputs, k % 2, BF16)
-    return tl.reshape(total, (size // 4, 4))
+    holder = warp + row % 8 * 4
+    value = tl.gather(a, (holder + group % 4) * 4 + row // 8 + group // 4 * 2, 0)
+    places = tl.gather(e, (holder + 2 * PARITY + group // 4) * 4, 0) >> (row // 8 * 16)
+    k = group * 4 + (places >> (group % 4 * 4 + kept % 2 * 2) & 3)
+    inputs = tl.gather(b, (warp + token * 4 + k % 8 // 2) * 4 + k // 8, 0)
+    products = _half(value, kept % 2, BF16) * _half(inputs, k % 2, BF16)
+    return tl.reshape(tl.sum(tl.reshape(products, (size, 16)), 1), (size // 4, 4))
 
 
 @triton.jit

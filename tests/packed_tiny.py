@@ -10,6 +10,7 @@ from llmsparse.checkpoint import Checkpoint
 from llmsparse.export import export
 from llmsparse.grid import Grid
 from llmsparse.gridfile import NAME, tensors
+from llmsparse.pattern import parse
 from llmsparse.skeleton import Skeleton
 from tests.pruned import tensors as files_of
 from tests.tiny import save_tiny
@@ -18,8 +19,8 @@ IDS = torch.arange(3, 23)[None]
 
 
 def sparse(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, keep: float = 0.5,
-           **options) -> Path:  # fmt: skip
-    """A tiny checkpoint whose linear weights lost all but the largest ``keep`` of each row."""
+           pattern: str | None = None, **options) -> Path:  # fmt: skip
+    """A tiny checkpoint whose linear weights lost all but the largest ``keep`` of each row, or to ``pattern``."""
     save_tiny(family, folder, dtype, **options)
     weights = Skeleton(Checkpoint(folder)).weights
     prunable = {w.source: w for w in weights if w.block is not None}
@@ -28,9 +29,7 @@ def sparse(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloa
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         for name in found.keys() & prunable.keys():
             weight = prunable[name].stored(found[name])
-            kept = int(weight.shape[1] * keep)
-            mask = torch.zeros(weight.shape, dtype=torch.bool)
-            mask.scatter_(1, weight.abs().topk(kept, dim=1).indices, True)
+            mask = parse(pattern or f"{100 * (1 - keep)}%", None if pattern else "row").select(weight.abs())
             found[name] = prunable[name].oriented(weight.where(mask, 0.0)).contiguous()
         save_file(found, file, metadata={"format": "pt"})
     return folder
