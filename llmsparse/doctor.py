@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmsparse import choice
+from llmsparse import choice, dispatch, gpu
 from llmsparse.device import processor
 from llmsparse.kernels.cpu import library
 from llmsparse.report import versions
@@ -22,7 +22,8 @@ def doctor() -> dict[str, Any]:
 
     ``kernels`` is ``{instruction set: None or why it cannot be used here}``, the fastest first; ``used`` is the one
     that runs, None where packed weights are unpacked by torch for every product. ``products`` are the timings, in
-    seconds, by which packed layers were given the faster product.
+    seconds, by which packed layers were given the faster product; ``gpu_kernels`` and ``gpu_products`` say the same of
+    a GPU, in words.
 
     Raises:
         UserError: LLMSPARSE_ISA names an instruction set that cannot be used here.
@@ -42,9 +43,19 @@ def doctor() -> dict[str, Any]:
             for key, timing in choice.remembered().items()
         },
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_kernels": _gpu_kernels() if torch.cuda.is_available() else {},
+        "gpu_products": dispatch.remembered(),
         "versions": versions(),
         "extras": {
             name: {"installed": importlib.util.find_spec(module) is not None, "for": use}
             for name, (module, use) in EXTRAS.items()
         },
     }
+
+
+def _gpu_kernels() -> dict[str, str | None]:
+    """For each kernel why it does not run on the GPU here, or None."""
+    names, device = (*gpu.KERNELS, gpu.CUSPARSELT), torch.device("cuda", torch.cuda.current_device())
+    if (reason := gpu.why_no_kernels()) is not None:
+        return dict.fromkeys(names, reason)
+    return {name: gpu.unusable(name, device, "bf16") for name in names}

@@ -135,6 +135,8 @@ def doctor(result: Row) -> RenderableType:
             else ["packed weights are unpacked by torch for every product: right, but slow"]
         ),
         f"GPU: {result['gpu'] or 'none'}",
+        *(f"GPU kernel {name}: {why or 'usable'}" for name, why in result["gpu_kernels"].items()),
+        *(f"{key}: {why}" for key, why in result["gpu_products"].items()),
         *extras,
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]

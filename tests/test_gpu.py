@@ -226,10 +226,10 @@ def test_without_triton_weights_stay_dense_and_the_log_says_why(tmp_path: Path, 
 def test_a_kernel_that_fails_its_own_test_gives_way_to_the_next(tmp_path: Path, monkeypatch, caplog) -> None:  # noqa: ANN001
     from llmsparse.kernels import nm_mma
 
-    gpu._usable.cache_clear()
+    gpu.unusable.cache_clear()
     monkeypatch.setattr(nm_mma, "usable", lambda device, values: "its product of one tile is wrong")
     with caplog.at_level(logging.WARNING, "llmsparse"):
         model = load(packed(tmp_path, "llama", pattern="2:4"))
-    gpu._usable.cache_clear()
+    gpu.unusable.cache_clear()
     assert {layer.layer.kernel for layer in layers(model)} == {"nm_gemv"}
     assert any("nm_mma is not used" in record.getMessage() for record in caplog.records)
