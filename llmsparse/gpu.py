@@ -158,18 +158,16 @@ def why_not(name: str, packed: Packed, numbers: Tensor, dtype: torch.dtype) -> s
     kernel = _kernel(name)
     if (reason := kernel.why_not(numbers, packed.values)) is not None:
         return reason
-    if hasattr(
-        kernel, "usable"
-    ):  # needs inputs of the weight's own dtype, and a GPU that has the instruction
-        if packed.kind.float_dtype != dtype:
-            return f"its inputs must be {packed.values}"
-        return _usable(name, numbers.device, packed.values)
-    return None
+    if hasattr(kernel, "usable") and packed.kind.float_dtype != dtype:  # tensor cores take two of a kind
+        return f"its inputs must be {packed.values}"
+    return unusable(name, numbers.device, packed.values)
 
 
 @cache
-def _usable(name: str, device: torch.device, values: str) -> str | None:
-    reason = _kernel(name).usable(device, values)
+def unusable(name: str, device: torch.device, values: str) -> str | None:
+    """Why a kernel does not run on ``device``, found once, and told; None where it does."""
+    kernel = _kernel(name)
+    reason = kernel.usable(device, values) if hasattr(kernel, "usable") else None
     if reason is not None:
         LOG.warning("%s is not used on %s: %s", name, device, reason)
     return reason

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from llmsparse.statistics import Gram, SquaredNorm
 
-PACKAGES = ("llmsparse", "torch", "transformers", "accelerate", "safetensors", "datasets", "tokenizers")
+PACKAGES = (
+    "llmsparse",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "datasets",
+    "tokenizers",
+    "triton",
+)
 
 
 def versions() -> dict[str, str]:
