@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmsparse import gpu
 from llmsparse.atomic import write_whole
-from llmsparse.errors import UserError
+from llmsparse.errors import UserError, first_line
 from llmsparse.gguf_checkpoint import cache_folder
 from llmsparse.gpu import BUCKETS, CUSPARSELT, Layer
 from llmsparse.sparse_linear import SparseLinear
@@ -176,13 +176,16 @@ def _measured(modules: list[SparseLinear]) -> Choice:
     alone = {}
     for name in names:
         choice, way = _alone(name)
-        alone[name] = _seconds([_layer(module, choice) for module in modules], way, 1)
+        try:
+            alone[name] = _seconds([_layer(module, choice) for module in modules], way, 1)
+        except Exception as error:  # whatever a compiler or a driver raises: the next kernel takes over
+            LOG.warning("%s is not used: %s: %s", name, type(error).__name__, first_line(error))
     dense = _seconds([_layer(module, _dense("")) for module in modules], "prefill", 1)
     told = ", ".join(f"{name} {1e6 * took:.1f} µs" for name, took in {**alone, "dense": dense}.items())
     fastest = min(alone.values(), default=float("inf"))
-    if not names or (dense < fastest and _storage() != "prefill"):
-        return _dense(f"stays dense ({told if names else refused})")
-    best = next(name for name in names if alone[name] <= EVEN * fastest)
+    if not alone or (dense < fastest and _storage() != "prefill"):
+        return _dense(f"stays dense ({told}; {refused})")
+    best = next(name for name in alone if alone[name] <= EVEN * fastest)
     choice, _ = _alone(best)
     choice = choice._replace(prefill=choice.prefill or _prefill(modules[0]))
     ways = _ways([_layer(module, choice) for module in modules])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsparse import bits
+from llmsparse.errors import first_line
 from llmsparse.packed import Packed
 
 LOG = logging.getLogger("llmsparse")
@@ -167,7 +168,10 @@ def why_not(name: str, packed: Packed, numbers: Tensor, dtype: torch.dtype) -> s
 def unusable(name: str, device: torch.device, values: str) -> str | None:
     """Why a kernel does not run on ``device``, found once, and told; None where it does."""
     kernel = _kernel(name)
-    reason = kernel.usable(device, values) if hasattr(kernel, "usable") else None
+    try:
+        reason = kernel.usable(device, values) if hasattr(kernel, "usable") else None
+    except Exception as error:  # whatever a compiler or a driver raises: the next kernel takes over
+        reason = f"{type(error).__name__}: {first_line(error)}"
     if reason is not None:
         LOG.warning("%s is not used on %s: %s", name, device, reason)
     return reason

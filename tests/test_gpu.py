@@ -223,6 +223,54 @@ def test_without_triton_weights_stay_dense_and_the_log_says_why(tmp_path: Path, 
     assert (model(IDS).logits.float() - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_a_kernel_that_cannot_be_run_gives_way_to_the_next(tmp_path: Path, monkeypatch, caplog) -> None:  # noqa: ANN001
+    from llmsparse.kernels import nm_mma
+
+    def seconds(layers: list[gpu.Layer], way: str, tokens: int, algorithm: int = 0) -> float:
+        if layers[0].kernel == "nm_mma":
+            raise RuntimeError("ptxas died\nwith details")
+        return 2.0 if layers[0].kernel is None else 1.0
+
+    gpu.unusable.cache_clear()
+    folder = packed(tmp_path, "llama", pattern="2:4")
+    monkeypatch.setenv(dispatch.PRODUCTS, "measured")
+    monkeypatch.setattr(dispatch, "_seconds", seconds)
+    with caplog.at_level(logging.WARNING, "llmsparse"):
+        assert {layer.layer.kernel for layer in layers(load(folder))} == {"nm_gemv"}
+    assert any("nm_mma is not used: RuntimeError: ptxas died" in r.getMessage() for r in caplog.records)
+
+    def usable(device: torch.device, values: str) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(nm_mma, "usable", usable)
+    gpu.unusable.cache_clear()
+    monkeypatch.setenv(dispatch.PRODUCTS, "packed")
+    assert {layer.layer.kernel for layer in layers(load(folder))} == {"nm_gemv"}
+    gpu.unusable.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize(
+    ("pattern", "values"), [("2:4", None), ("2:4", "int8"), ("8:16", None), ("50%", "int4:32")]
+)
+def test_products_wait_for_nothing_and_are_captured(pattern: str, values: str | None, tmp_path: Path) -> None:
+    layer = layers(load(packed(tmp_path, "llama", values, pattern=pattern)))[0]
+    for tokens in (1, 40):
+        x = torch.randn(tokens, layer.in_features, dtype=torch.bfloat16, device=DEVICE)
+        wanted = layer(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = layer(x)
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, wanted)
+
+
 def test_a_kernel_that_fails_its_own_test_gives_way_to_the_next(tmp_path: Path, monkeypatch, caplog) -> None:  # noqa: ANN001
     from llmsparse.kernels import nm_mma
 
