@@ -8,6 +8,7 @@ from torch import Tensor
 from llmsparse.kernels import two_of_four
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INPUTS = {values: (dtype,) for values, dtype in DTYPES.items()}  # of values
 MULTIPLE = 16  # of rows and columns, which cuSPARSELt asks of 16-bit weights
 TOKENS = 8  # and of tokens
 
@@ -21,7 +22,7 @@ def why_not(numbers: Tensor, values: str) -> str | None:
     return two_of_four.why_not(numbers)
 
 
-def usable(device: torch.device, values: str) -> str | None:
+def usable(device: torch.device, values: str, inputs: torch.dtype) -> str | None:
     """Why it does not run on ``device``."""
     if device.type != "cuda" or not torch.backends.cusparselt.is_available():
         return "this torch has no cuSPARSELt here"

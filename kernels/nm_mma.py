@@ -1,7 +1,8 @@
-"""2:4 weights times up to 32 tokens on sparse tensor cores, through the instruction mma.sp (PTX ISA, 9.7.14.5).
+"""2:4 weights times up to 32 tokens on sparse tensor cores, through the instruction mma.sp (PTX ISA, 9.7.14.6).
 
 Weights lie in the order in which a warp's lanes hold them (m16n8k32), so one 128-bit load brings a lane its part of a
-16 x 32 tile: 1.125 bytes a weight, no shared memory. Of a product's 8 columns each is a token.
+16 x 32 tile: 1.125 bytes a weight, no shared memory. Of a product's 8 columns each is a token. int8 codes, 0.625 bytes
+a weight, come for two tiles at once, are widened in registers, and meet their row's scale at the end.
 """
 
 import re
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmsparse.kernels import two_of_four
+from llmsparse.kernels import bytes_to_halves, two_of_four
+from llmsparse.kernels.bytes_to_halves import widen, widen_by_hand
 from llmsparse.kernels.launch import Launch, interprets, written
 from llmsparse.kernels.split_sum import split_sum
 
@@ -25,70 +27,89 @@ PROGRAMS = (
 )
 UNROLL = 2  # pairs of steps in a turn of the loop: loads in flight
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INPUTS = {
+    "bf16": (torch.bfloat16,),
+    "fp16": (torch.float16,),
+    "int8": (torch.bfloat16, torch.float16),
+}  # of values
 CONSTRAINTS = "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r"
-LAYOUT = "sizePerThread = [1, 4], threadsPerWarp = [32, 1], warpsPerCTA = [{warps}, 1], order = [1, 0]"
+# a lane holds a row of four words, in order, whether they come one, two or four at a time
+LAYOUT = r"sizePerThread = \[1, [124]\], threadsPerWarp = \[32, 1\], warpsPerCTA = \[{warps}, 1\], order = .*"
 
 
 def why_not(numbers: Tensor, values: str) -> str | None:
     """Why this kernel cannot hold a weight; None where it can."""
-    if values not in DTYPES:
-        return f"sparse tensor cores take bf16 and fp16 here, not {values}"
+    if values not in INPUTS:
+        return f"sparse tensor cores take bf16, fp16 and int8 here, not {values}"
     return two_of_four.why_not(numbers)
 
 
-def pack(numbers: Tensor, values: str, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Fragments int32 (blocks, steps, warps, 32, 4) and metadata int32 (blocks, steps / 2, warps, 32).
+def pack(numbers: Tensor, values: str, scales: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Fragments int32, metadata int32 (blocks, steps / 2, warps, 32), and scales (rows,) float32 of codes.
 
-    A word of a fragment holds the two numbers of one group; lane = 4 * row + group, for 8 rows and 4 groups, and the
-    four words are (row, group), (row + 8, group), (row, group + 4), (row + 8, group + 4).
+    Fragments of floats are (blocks, steps, warps, 32, 4): a word holds the two numbers of one group; lane =
+    4 * row + group, for 8 rows and 4 groups, and the four words are (row, group), (row + 8, group), (row, group + 4),
+    (row + 8, group + 4). Those of codes are (blocks, steps / 2, warps, 32, 4): two such words in one, for two steps.
     """
     out, columns = numbers.shape
     padded = torch.nn.functional.pad(numbers, (0, -columns % PAIR, 0, -out % ROWS))
     stored, places = two_of_four.compress(padded)
-    words = _pairs(stored[..., 0], stored[..., 1])  # (out, groups)
     shape = (len(padded) // ROWS, WARPS, 2, 8, padded.shape[1] // 32)  # blocks, warps, row half, row, steps
-    fragments = words.view(*shape, 2, 4).permute(0, 4, 1, 3, 6, 5, 2)
+    lanes = (shape[0], shape[4], WARPS, 32)
+    groups = stored.view(*shape, 2, 4, 2).permute(0, 4, 1, 3, 6, 5, 2, 7).reshape(*lanes, 4, 2)
+    if values == "int8":
+        pairs = groups.view(lanes[0], -1, 2, WARPS, 32, 8).permute(0, 1, 3, 4, 2, 5)
+        fragments = (pairs.reshape(lanes[0], -1, WARPS, 32, 16).to(torch.int16) + 128).to(torch.uint8)
+    else:
+        fragments = groups.reshape(*lanes, 8)
     nibbles = (places[..., 0] | places[..., 1] << 2).view(len(padded), -1, 4)
     shifts = torch.arange(0, 16, 4, device=numbers.device)
     quarters = (nibbles << shifts).sum(2)  # (out, in / 16)
-    halves = quarters.view(*shape[:4], shape[4] // 2, 2, 2).permute(0, 4, 1, 3, 5, 6, 2)
-    metadata = _pairs(halves[..., 0], halves[..., 1])
-    lanes = (shape[0], shape[4], WARPS, 32)
-    return fragments.reshape(*lanes, 4).contiguous(), metadata.reshape(lanes[0], -1, WARPS, 32).contiguous()
+    halves = quarters.view(*shape[:4], -1, 2, 2).permute(0, 4, 1, 3, 5, 6, 2)
+    metadata = (halves[..., 0] | halves[..., 1] << 16).to(torch.int32)
+    tensors = fragments.contiguous().view(torch.int32), metadata.reshape(lanes[0], -1, WARPS, 32).contiguous()
+    if scales is None:
+        return tensors
+    return *tensors, torch.nn.functional.pad(scales[:, 0].float(), (0, len(padded) - out))
 
 
 def unpacked(tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """The reverse of ``pack``: int16 (out, in)."""
-    fragments, metadata = tensors
-    blocks, steps = fragments.shape[:2]
-    rows, groups = blocks * ROWS, steps * 8
-    words = (
-        fragments.view(blocks, steps, WARPS, 8, 4, 2, 2).permute(0, 2, 6, 3, 1, 5, 4).reshape(rows, groups)
-    )
+    """The reverse of ``pack``, without scales: int16 or int8 (out, in)."""
+    fragments, metadata = tensors[:2]
+    blocks, pairs = metadata.shape[:2]
+    rows, groups = blocks * ROWS, pairs * 16
+    if len(tensors) == 3:
+        codes = (fragments.view(torch.uint8).to(torch.int16) - 128).to(torch.int8)
+        stored = codes.view(blocks, pairs, WARPS, 32, 2, 8).permute(0, 1, 4, 2, 3, 5)
+    else:
+        stored = fragments.view(torch.int16)
+    stored = stored.reshape(blocks, pairs * 2, WARPS, 8, 4, 2, 2, 2).permute(0, 2, 6, 3, 1, 5, 4, 7)
     halves = torch.stack([metadata & 0xFFFF, metadata >> 16 & 0xFFFF], 4)
-    quarters = halves.view(blocks, steps // 2, WARPS, 8, 2, 2, 2).permute(0, 2, 6, 3, 1, 4, 5)
-    shifts = torch.arange(0, 16, 4, device=words.device)
+    quarters = halves.view(blocks, pairs, WARPS, 8, 2, 2, 2).permute(0, 2, 6, 3, 1, 4, 5)
+    shifts = torch.arange(0, 16, 4, device=metadata.device)
     nibbles = (quarters.reshape(rows, -1, 1) >> shifts & 15).reshape(rows, groups).long()
-    stored = torch.stack([words << 16 >> 16, words >> 16], 2).to(torch.int16)
-    return two_of_four.spread(stored, torch.stack([nibbles & 3, nibbles >> 2], 2))[: shape[0], : shape[1]]
+    places = torch.stack([nibbles & 3, nibbles >> 2], 2)
+    return two_of_four.spread(stored.reshape(rows, groups, 2), places)[: shape[0], : shape[1]]
 
 
-def _pairs(low: Tensor, high: Tensor) -> Tensor:
-    """Two 16-bit numbers in an int32."""
-    return low.to(torch.int32) & 0xFFFF | high.to(torch.int32) << 16
+def dense(tensors: Sequence[Tensor], shape: tuple[int, int], values: str) -> Tensor:
+    """The weight (out, in): as stored, or code times scale in float32."""
+    numbers = unpacked(tensors, shape).contiguous()
+    if values in DTYPES:
+        return numbers.view(DTYPES[values])
+    return numbers.float() * tensors[2][: shape[0], None] + 0.0  # no zero is negative
 
 
 def reference(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor) -> Tensor:
     """x (tokens, in) times the transposed weight in float64: (tokens, out)."""
-    return x.double() @ unpacked(tensors, shape).contiguous().view(DTYPES[values]).double().T
+    return x.double() @ dense(tensors, shape, values).double().T
 
 
-# numbers are not specialised, so that few versions are compiled and `usable` sees them all
 @triton.jit(do_not_specialize=["steps", "words", "tokens", "rows", "per"])
 def kernel(
-    fragments, metadata, x, y, steps, words, tokens, rows, per,
+    fragments, metadata, scales, x, y, steps, words, tokens, rows, per,
     WARPS: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr,
-    CONSTRAINTS: tl.constexpr, UNROLL: tl.constexpr, BY_HAND: tl.constexpr,
+    CONSTRAINTS: tl.constexpr, WIDEN: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """y[part, m, n] = sum over the part's k of x[m, k] w[n, k], for WARPS * 16 rows n and TILES * 8 tokens m."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -97,7 +118,8 @@ def kernel(
     zero = tl.zeros((WARPS * 32, 4), dtype=tl.int32)
     c0 = tl.zeros((WARPS * 32, 4), dtype=tl.float32)
     c1, c2, c3 = c0, c0, c0
-    a = fragments + (block.to(tl.int64) * steps * (WARPS * 32) + thread)[:, None] * 4 + word
+    lines = steps // 2 if WIDEN is not None else steps
+    a = fragments + (block.to(tl.int64) * lines * (WARPS * 32) + thread)[:, None] * 4 + word
     e = metadata + block.to(tl.int64) * (steps // 2) * (WARPS * 32) + thread
     b0 = x + _inputs(0, lane[:, None], word, steps, words, tokens, PACKED)
     b1 = x + _inputs(1, lane[:, None], word, steps, words, tokens, PACKED)
@@ -105,8 +127,12 @@ def kernel(
     b3 = x + _inputs(3, lane[:, None], word, steps, words, tokens, PACKED)
     step: tl.constexpr = 128 if PACKED else 16
     for k in tl.range(part * per, tl.minimum((part + 1) * per, steps), 2, loop_unroll_factor=UNROLL):
-        even = tl.load(a + k * (WARPS * 128), eviction_policy="evict_first")
-        odd = tl.load(a + (k + 1) * (WARPS * 128), eviction_policy="evict_first")
+        if WIDEN is not None:
+            both = tl.load(a + k // 2 * (WARPS * 128), eviction_policy="evict_first")
+            even, odd = _widened(both, WIDEN, WIDE, BY_HAND)
+        else:
+            even = tl.load(a + k * (WARPS * 128), eviction_policy="evict_first")
+            odd = tl.load(a + (k + 1) * (WARPS * 128), eviction_policy="evict_first")
         places = tl.load(e + (k // 2) * (WARPS * 32), eviction_policy="evict_first")[:, None] + zero
         c0 = _multiply(even, tl.load(b0 + k * step), c0, places, EVEN, CONSTRAINTS, BY_HAND)
         c0 = _multiply(odd, tl.load(b0 + (k + 1) * step), c0, places, ODD, CONSTRAINTS, BY_HAND)
@@ -120,6 +146,9 @@ def kernel(
             c3 = _multiply(odd, tl.load(b3 + (k + 1) * step), c3, places, ODD, CONSTRAINTS, BY_HAND)
     row = block * (WARPS * 16) + (thread // 32 * 16 + lane // 4)[:, None] + word // 2 * 8
     token = (lane % 4 * 2)[:, None] + word % 2
+    if WIDEN is not None:
+        scale = tl.load(scales + row)
+        c0, c1, c2, c3 = c0 * scale, c1 * scale, c2 * scale, c3 * scale
     y += part.to(tl.int64) * tokens * rows
     _store(y, c0, token, row, tokens, rows)
     if TILES > 1:
@@ -142,6 +171,15 @@ def _inputs(tile, lane, word, steps, words, tokens, PACKED: tl.constexpr):
 def _store(y, c, token, row, tokens, rows):
     inside = (token < tokens) & (row < rows)
     tl.store(y + token * rows + row, c.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _widened(both, WIDEN: tl.constexpr, WIDE: tl.constexpr, BY_HAND: tl.constexpr):
+    """The words of two steps from their codes."""
+    if BY_HAND is None:
+        return widen(both, WIDEN, WIDE)
+    else:
+        return widen_by_hand(both, BY_HAND == "bf16")
 
 
 @triton.jit
@@ -195,13 +233,13 @@ def pack_inputs(x, out, steps, words, tokens, TILE: tl.constexpr):
 
 def linear(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor) -> Tensor:
     """x (1 to 32 tokens, in) of the weight's dtype, contiguous -> (tokens, out)."""
-    return product(tensors, shape, values, x, _splits(*tensors[0].shape[:2]))
+    return product(tensors, shape, values, x, _splits(len(tensors[1]), tensors[1].shape[1] * 2))
 
 
 def product(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor, splits: int) -> Tensor:
     """``linear`` with the inputs split among so many programs."""
-    (fragments, metadata), (rows, columns), tokens = tensors, shape, len(x)
-    blocks, steps = fragments.shape[:2]
+    (fragments, metadata), (rows, columns), tokens = tensors[:2], shape, len(x)
+    blocks, steps = len(metadata), metadata.shape[1] * 2
     tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     packed = (
         tiles > 1 or columns != steps * 32
@@ -217,8 +255,8 @@ def product(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: T
     dtype = written(x.dtype) if parts == 1 else torch.float32
     y = torch.empty(parts, tokens, rows, dtype=dtype, device=x.device)
     kernel[(blocks, parts)](
-        fragments, metadata, inputs, y, steps, columns // 2, tokens, rows, per,
-        **_constants(values, tiles, packed, interprets()), num_warps=WARPS, enable_fp_fusion=True,
+        fragments, metadata, tensors[-1], inputs, y, steps, columns // 2, tokens, rows, per,
+        **_constants(values, _name(x.dtype), tiles, packed), num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return y[0].to(x.dtype) if parts == 1 else split_sum(y, x.dtype)
 
@@ -228,18 +266,26 @@ def _splits(blocks: int, steps: int) -> int:
     return max(min(PROGRAMS // blocks, steps // 8), 1)
 
 
-def _constants(values: str, tiles: int, packed: bool, interpreted: bool) -> dict[str, object]:
-    even, odd = (0, 1) if interpreted else (_instruction(values, 0), _instruction(values, 1))
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp16"
+
+
+def _constants(
+    values: str, inputs: str, tiles: int, packed: bool, interpreted: bool | None = None
+) -> dict[str, object]:
+    by_hand = interprets() if interpreted is None else interpreted
+    even, odd = (0, 1) if by_hand else (_instruction(inputs, 0), _instruction(inputs, 1))
     return {
-        "WARPS": WARPS, "TILES": tiles, "PACKED": packed, "EVEN": even, "ODD": odd,
-        "CONSTRAINTS": CONSTRAINTS, "UNROLL": UNROLL, "BY_HAND": values if interpreted else None,
+        "WARPS": WARPS, "TILES": tiles, "PACKED": packed, "EVEN": even, "ODD": odd, "CONSTRAINTS": CONSTRAINTS,
+        "WIDEN": bytes_to_halves.instructions(inputs) if values == "int8" else None,
+        "WIDE": bytes_to_halves.CONSTRAINTS, "UNROLL": UNROLL, "BY_HAND": inputs if by_hand else None,
     }  # fmt: skip
 
 
-def _instruction(values: str, selector: int) -> str:
+def _instruction(inputs: str, selector: int) -> str:
     """mma.sp of a step; ``selector``: which half of a quad's lanes has its metadata."""
     return (
-        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{values}.{values}.f32 {{$0,$1,$2,$3}}, "
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{inputs}.{inputs}.f32 {{$0,$1,$2,$3}}, "
         f"{{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$12,$13,$14,$15}}, $16, {selector};"
     ).replace("fp16", "f16")
 
@@ -251,14 +297,15 @@ def contract(assembly: Mapping[str, str], warps: int = WARPS) -> str | None:
     """
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", assembly["ttgir"], re.M))
     used = re.findall(r"tt\.elementwise_inline_asm.*-> tensor<[^,>]*, (#\w+)>", assembly["ttgir"])
-    if not used or any(layouts.get(name) != LAYOUT.format(warps=warps) for name in used):
+    agreed = re.compile(LAYOUT.format(warps=warps))
+    if not used or not all(agreed.fullmatch(layouts.get(name, "")) for name in used):
         return f"Triton lays its operands out as {sorted({layouts.get(name, name) for name in used})}"
     if "mma.sp::ordered_metadata" not in assembly["ptx"]:
         return "Triton's PTX has no mma.sp"
     return None
 
 
-def usable(device: torch.device, values: str) -> str | None:
+def usable(device: torch.device, values: str, inputs: torch.dtype) -> str | None:
     """Why the kernel cannot run on ``device``: what is compiled there breaks the contract, or a tile is wrong."""
     if not interprets():
         if device.type != "cuda" or torch.version.hip:
@@ -271,22 +318,33 @@ def usable(device: torch.device, values: str) -> str | None:
         *((tokens, 256, splits) for tokens in (8, 16, 32) for splits in (1, 2)),
     ]
     for tokens, columns, splits in versions:
-        error = _error(device, values, (tokens, columns), splits)
+        error = _error(_tile(device, values, inputs, (tokens, columns)), values, splits)
         if not error < 0.01:
             return f"its product of one tile is wrong by {error:.2g} of its norm"
     return None if interprets() else _compiled_as_agreed(device)
 
 
-def _error(device: torch.device, values: str, shape: tuple[int, int], splits: int) -> float:
-    """How far the product of random inputs of ``shape`` with a random tile of rows is off, as a share of its norm."""
+def _tile(
+    device: torch.device, values: str, inputs: torch.dtype, shape: tuple[int, int]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A random tile of rows, packed, and random inputs of ``shape``."""
     random = torch.Generator().manual_seed(0)
-    weight = torch.randn(ROWS, shape[1], generator=random).to(DTYPES[values])
-    lost = weight.view(ROWS, -1, 4).float().abs().argsort(2).argsort(2) < 2
-    numbers = weight.masked_fill(lost.view(weight.shape), 0.0).to(device).view(torch.int16)
-    packed, of = pack(numbers, values), (ROWS, shape[1])
-    x = torch.randn(shape, generator=random).to(device, DTYPES[values])
-    wanted = reference(packed, of, values, x)
-    return float((product(packed, of, values, x, splits).double() - wanted).norm() / wanted.norm())
+    weight = torch.randn(ROWS, shape[1], generator=random)
+    lost = weight.view(ROWS, -1, 4).abs().argsort(2).argsort(2) < 2
+    weight = weight.masked_fill(lost.view(weight.shape), 0.0).to(device)
+    x = torch.randn(shape, generator=random).to(device, inputs)
+    if values in DTYPES:
+        return pack(weight.to(DTYPES[values]).view(torch.int16), values), x
+    scales = torch.full((ROWS, 1), 2.0**-5, dtype=torch.bfloat16, device=device)
+    return pack((weight / scales).round().clamp(-127, 127).to(torch.int8), values, scales), x
+
+
+def _error(tile: tuple[tuple[Tensor, ...], Tensor], values: str, splits: int) -> float:
+    """How far a product is off, as a share of its norm."""
+    packed, x = tile
+    wanted = reference(packed, (ROWS, x.shape[1]), values, x)
+    found = product(packed, (ROWS, x.shape[1]), values, x, splits)
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 def _compiled_as_agreed(device: torch.device) -> str | None:
@@ -297,14 +355,13 @@ def _compiled_as_agreed(device: torch.device) -> str | None:
 
 
 def launches() -> list[Launch]:
-    signature = {"fragments": "*i32", "metadata": "*i32", "x": "*i32", "y": "*fp32"}
+    signature = {"fragments": "*i32", "metadata": "*i32", "scales": "*fp32", "x": "*i32", "y": "*fp32"}
     signature |= dict.fromkeys(("steps", "words", "tokens", "rows", "per"), "i32")
-    aligned = ("fragments", "metadata", "x", "y")
+    aligned = ("fragments", "metadata", "scales", "x", "y")
     found = []
-    for values in DTYPES:
+    for values, inputs in (("bf16", "bf16"), ("fp16", "fp16"), ("int8", "bf16"), ("int8", "fp16")):
         for tiles in (1, 2, 4):
-            constants = _constants(values, tiles, tiles > 1, interpreted=False)
-            weights = UNROLL * ROWS * PAIR
-            name = f"{values}, {8 * tiles} tokens"
-            found.append(Launch(name, kernel, signature, constants, WARPS, weights, aligned))
+            constants = _constants(values, inputs, tiles, tiles > 1, interpreted=False)
+            name = f"{values} with {inputs} inputs, {8 * tiles} tokens"
+            found.append(Launch(name, kernel, signature, constants, WARPS, UNROLL * ROWS * PAIR, aligned))
     return found

@@ -13,43 +13,67 @@ from llmsparse.kernels.launch import Launch
 
 def reference(tensors: Sequence[Tensor], shape: tuple[int, int], values: str) -> Tensor:
     """The weight (out, in)."""
-    return nm_mma.unpacked(tensors, shape).contiguous().view(nm_mma.DTYPES[values])
+    return nm_mma.dense(tensors, shape, values)
 
 
 @triton.jit
-def kernel(fragments, metadata, out, steps, rows, groups, WARPS: tl.constexpr):
-    """out[row, group], 64 bits: the lower number at bit 16 p, the upper one at bit 16 q, for the group's places p, q."""
+def kernel(fragments, metadata, scales, out, pairs, rows, groups, WARPS: tl.constexpr, CODES: tl.constexpr):
+    """out[row, group]: two numbers at the group's places; floats as 64 bits, codes (four to a word) times their scale."""
     pair, block = tl.program_id(0), tl.program_id(1)
-    place = tl.arange(0, WARPS * 256)  # a block's two steps that share metadata
-    row_half, group_half, lane = place % 2, place // 2 % 2, place // 4 % 32
-    warp, parity = place // 128 % WARPS, place // (128 * WARPS)
-    tile = block.to(tl.int64) * (steps // 2) + pair
-    holder = warp * 32 + lane // 4 * 4 + parity * 2 + group_half
-    places = tl.load(metadata + tile * (WARPS * 32) + holder)
+    place = tl.arange(0, WARPS * 256)  # groups of a block's two steps, which share metadata
+    word, lane = place % 4, place // 4 % 32
+    if CODES:  # both steps of a lane are one after the other
+        lane, parity, warp = place // 8 % 32, place // 4 % 2, place // 256
+    else:
+        warp, parity = place // 128 % WARPS, place // (128 * WARPS)
+    row_half, group_half = word % 2, word // 2
+    tile = block.to(tl.int64) * pairs + pair
+    places = tl.load(metadata + tile * (WARPS * 32) + warp * 32 + lane // 4 * 4 + parity * 2 + group_half)
     nibble = places >> (row_half * 16 + lane % 4 * 4)
-    both = tl.load(fragments + tile * (WARPS * 256) + place, eviction_policy="evict_first")
-    low, high = (both & 0xFFFF).to(tl.int64), (both >> 16 & 0xFFFF).to(tl.int64)
-    numbers = low << ((nibble & 3) * 16).to(tl.int64) | high << ((nibble >> 2 & 3) * 16).to(tl.int64)
-    row = warp * 16 + lane // 4 + row_half * 8
+    low_place, high_place = nibble & 3, nibble >> 2 & 3
+    row = block * (WARPS * 16) + warp * 16 + lane // 4 + row_half * 8
     group = pair * 16 + parity * 8 + lane % 4 + group_half * 4
-    first = block * (WARPS * 16)
-    inside = (first + row < rows) & (group < groups)
-    tl.store(out + first.to(tl.int64) * groups + row * groups + group, numbers, mask=inside)
+    inside = (row < rows) & (group < groups)
+    to = row.to(tl.int64) * groups + group
+    both = tl.load(fragments + tile * (WARPS * 256) + place, eviction_policy="evict_first")
+    if CODES:
+        scale = tl.load(scales + row)
+        low, high = _weight(both.to(tl.int32), scale), _weight(both.to(tl.int32) >> 8, scale)
+        for each in tl.static_range(4):
+            weight = tl.where(low_place == each, low, tl.where(high_place == each, high, 0.0))
+            tl.store(out + to * 4 + each, weight.to(out.dtype.element_ty), mask=inside)
+    else:
+        low, high = (both & 0xFFFF).to(tl.int64), (both >> 16 & 0xFFFF).to(tl.int64)
+        bits = low << (low_place * 16).to(tl.int64) | high << (high_place * 16).to(tl.int64)
+        tl.store(out + to, bits, mask=inside)
+
+
+@triton.jit
+def _weight(code, scale):
+    return ((code & 255) - 128).to(tl.float32) * scale + 0.0  # no zero is negative
 
 
 def unpack(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, out: Tensor) -> None:
-    """Write the weight into ``out`` (out, in), contiguous, of the weight's dtype."""
-    fragments, metadata = tensors
-    blocks, steps = fragments.shape[:2]
-    kernel[(steps // 2, blocks)](
-        fragments, metadata, out.view(torch.int64), steps, shape[0], shape[1] // 4,
-        WARPS=nm_mma.WARPS, num_warps=4, enable_fp_fusion=True,
+    """Write the weight into ``out`` (out, in), contiguous, of the weight's dtype (any for codes)."""
+    fragments, metadata = tensors[:2]
+    codes = values not in nm_mma.DTYPES
+    blocks, pairs = metadata.shape[:2]
+    kernel[(pairs, blocks)](
+        fragments.view(torch.int16) if codes else fragments, metadata, tensors[-1],
+        out if codes else out.view(torch.int64), pairs, shape[0], shape[1] // 4,
+        WARPS=nm_mma.WARPS, CODES=codes, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def launches() -> list[Launch]:
-    signature = {"fragments": "*i32", "metadata": "*i32", "out": "*i64"}
-    signature |= dict.fromkeys(("steps", "rows", "groups"), "i32")
-    aligned = ("fragments", "metadata", "out", "rows", "groups")
-    constants = {"WARPS": nm_mma.WARPS}
-    return [Launch("16 bits", kernel, signature, constants, 4, nm_mma.ROWS * nm_mma.PAIR, aligned)]
+    signature = {"metadata": "*i32", "scales": "*fp32", **dict.fromkeys(("pairs", "rows", "groups"), "i32")}
+    aligned = ("fragments", "metadata", "scales", "out", "rows", "groups")
+    weights = nm_mma.ROWS * nm_mma.PAIR
+    kinds = {"16 bits": ("*i32", "*i64"), "int8": ("*i16", "*bf16")}
+    return [
+        Launch(
+            name, kernel, {**signature, "fragments": given, "out": out},
+            {"WARPS": nm_mma.WARPS, "CODES": name == "int8"}, 4, weights, aligned,
+        )
+        for name, (given, out) in kinds.items()
+    ]  # fmt: skip

@@ -58,4 +58,4 @@ def _gpu_kernels() -> dict[str, str | None]:
     names, device = (*gpu.KERNELS, gpu.CUSPARSELT), torch.device("cuda", torch.cuda.current_device())
     if (reason := gpu.why_no_kernels()) is not None:
         return dict.fromkeys(names, reason)
-    return {name: gpu.unusable(name, device, "bf16") for name in names}
+    return {name: gpu.unusable(name, device, "bf16", torch.bfloat16) for name in names}

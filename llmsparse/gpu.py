@@ -159,17 +159,19 @@ def why_not(name: str, packed: Packed, numbers: Tensor, dtype: torch.dtype) -> s
     kernel = _kernel(name)
     if (reason := kernel.why_not(numbers, packed.values)) is not None:
         return reason
-    if hasattr(kernel, "usable") and packed.kind.float_dtype != dtype:  # tensor cores take two of a kind
-        return f"its inputs must be {packed.values}"
-    return unusable(name, numbers.device, packed.values)
+    takes = getattr(kernel, "INPUTS", {}).get(packed.values, DTYPES)
+    if dtype not in takes:
+        names = " or ".join(str(each).removeprefix("torch.") for each in takes)
+        return f"its inputs must be {names}, not {str(dtype).removeprefix('torch.')}"
+    return unusable(name, numbers.device, packed.values, dtype)
 
 
 @cache
-def unusable(name: str, device: torch.device, values: str) -> str | None:
+def unusable(name: str, device: torch.device, values: str, inputs: torch.dtype) -> str | None:
     """Why a kernel does not run on ``device``, found once, and told; None where it does."""
     kernel = _kernel(name)
     try:
-        reason = kernel.usable(device, values) if hasattr(kernel, "usable") else None
+        reason = kernel.usable(device, values, inputs) if hasattr(kernel, "usable") else None
     except Exception as error:  # whatever a compiler or a driver raises: the next kernel takes over
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason is not None:

@@ -46,7 +46,8 @@ def reference(folder: Path) -> Tensor:
     ("pattern", "values", "kernel"),
     [
         ("2:4", None, "nm_mma"),
-        ("2:4", "int8", "nm_gemv"),
+        ("2:4", "int8", "nm_mma"),
+        ("2:4", "int4:32", "nm_gemv"),
         ("8:16", None, "n16_gemv"),
         ("50%", "int8", "bitmask_gemv"),
     ],
@@ -239,7 +240,7 @@ def test_a_kernel_that_cannot_be_run_gives_way_to_the_next(tmp_path: Path, monke
         assert {layer.layer.kernel for layer in layers(load(folder))} == {"nm_gemv"}
     assert any("nm_mma is not used: RuntimeError: ptxas died" in r.getMessage() for r in caplog.records)
 
-    def usable(device: torch.device, values: str) -> None:
+    def usable(*given: object) -> None:
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(nm_mma, "usable", usable)
@@ -275,7 +276,7 @@ def test_a_kernel_that_fails_its_own_test_gives_way_to_the_next(tmp_path: Path, 
     from llmsparse.kernels import nm_mma
 
     gpu.unusable.cache_clear()
-    monkeypatch.setattr(nm_mma, "usable", lambda device, values: "its product of one tile is wrong")
+    monkeypatch.setattr(nm_mma, "usable", lambda *given: "its product of one tile is wrong")
     with caplog.at_level(logging.WARNING, "llmsparse"):
         model = load(packed(tmp_path, "llama", pattern="2:4"))
     gpu.unusable.cache_clear()

@@ -31,6 +31,14 @@ def weight_of(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Tens
     return weight.to(DEVICE)
 
 
+def codes_of(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """int8 codes of such a weight, the smallest and the largest among them, and scales."""
+    numbers = (weight_of(shape, torch.float32) * 50).round().clamp(-127, 127).to(torch.int8)
+    numbers[0, :4] = torch.tensor([-127, 0, 127, 0])
+    scales = torch.rand(shape[0], 1, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    return numbers, scales
+
+
 def inputs_of(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     random = torch.Generator().manual_seed(tokens)
     return torch.randn(tokens, columns, generator=random).to(dtype).to(DEVICE)
@@ -66,6 +74,35 @@ def test_the_product_is_as_exact_as_torch(
     torchs = error((x.float() @ weight.float().T).to(dtype), wanted)
     assert error(found, wanted) <= 2 * torchs
     assert torch.equal(nm_mma.reference(packed, shape, values, x), wanted)
+
+
+@pytest.mark.parametrize("dtype", nm_mma.INPUTS["int8"])
+@pytest.mark.parametrize(("shape", "tokens", "splits"), CALLS)
+def test_codes_are_widened_and_scaled(
+    dtype: torch.dtype, shape: tuple[int, int], tokens: int, splits: int, poisoned: None
+) -> None:
+    (numbers, scales), x = codes_of(shape), inputs_of(tokens, shape[1], dtype)
+    packed = nm_mma.pack(numbers, "int8", scales)
+    wanted = x.double() @ (numbers.double() * scales.double()).T
+    torchs = error((x.float() @ (numbers.float() * scales.float()).T).to(dtype), wanted)
+    assert error(nm_mma.product(packed, shape, "int8", x, splits), wanted) <= 2 * torchs
+    assert torch.equal(nm_mma.reference(packed, shape, "int8", x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpacking_codes_gives_code_times_scale(
+    shape: tuple[int, int], dtype: torch.dtype, poisoned: None
+) -> None:
+    numbers, scales = codes_of(shape)
+    packed = nm_mma.pack(numbers, "int8", scales)
+    out = torch.empty(shape, dtype=dtype, device=DEVICE)
+    nm_mma_unpack.unpack(packed, shape, "int8", out)
+    wanted = numbers.float() * scales.float()
+    assert torch.equal(nm_mma_unpack.reference(packed, shape, "int8"), wanted + 0.0)
+    one_step = torch.finfo(dtype).eps if DEVICE == "cpu" else torch.finfo(dtype).eps / 2  # it truncates
+    assert bool(((out.float() - wanted).abs() <= one_step * wanted.abs()).all())
+    assert not bool(torch.signbit(out[numbers == 0]).any())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -134,7 +171,7 @@ def test_the_same_product_is_the_same_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("change", "values", "reason"),
     [
-        (lambda w: w, "int8", "bf16 and fp16"),
+        (lambda w: w, "int4:32", "bf16, fp16 and int8"),
         (lambda w: w[:, :62], "bf16", "no multiple of 4"),
         (lambda w: torch.ones_like(w), "bf16", "more than 2 of 4"),
     ],
@@ -145,22 +182,27 @@ def test_other_weights_are_refused(change: Callable[[Tensor], Tensor], values: s
     assert nm_mma.why_not(weight_of((64, 64), torch.bfloat16).view(torch.int16), "bf16") is None
 
 
-@pytest.mark.parametrize("values", nm_mma.DTYPES)
-def test_a_tile_is_checked_before_the_kernel_is_used(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("values", "inputs"), [(values, dtype) for values, dtypes in nm_mma.INPUTS.items() for dtype in dtypes]
+)
+def test_a_tile_is_checked_before_the_kernel_is_used(
+    values: str, inputs: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = torch.device(DEVICE)
-    assert nm_mma.usable(device, values) is None
+    assert nm_mma.usable(device, values, inputs) is None
     pack = nm_mma.pack
-    monkeypatch.setattr(nm_mma, "pack", lambda *given: (pack(*given)[0].flip(3), pack(*given)[1]))
+    monkeypatch.setattr(nm_mma, "pack", lambda *given: (pack(*given)[0].flip(3), *pack(*given)[1:]))
     monkeypatch.setattr(
         nm_mma,
         "reference",
         lambda _, shape, values, x: x.double() @ torch.ones(shape).T.double().to(x.device),
     )
-    assert "wrong by" in str(nm_mma.usable(device, values))
+    assert "wrong by" in str(nm_mma.usable(device, values, inputs))
 
 
 def test_a_layout_that_the_packing_does_not_rely_on_is_told() -> None:
-    layout = f"#blocked1 = #ttg.blocked<{{{nm_mma.LAYOUT.format(warps=4)}}}>"
+    blocked = "sizePerThread = [1, 4], threadsPerWarp = [32, 1], warpsPerCTA = [4, 1], order = [1, 0]"
+    layout = f"#blocked1 = #ttg.blocked<{{{blocked}}}>"
     line = "%3 = tt.elementwise_inline_asm ... : tensor<128x4xi32, #blocked1> -> tensor<128x4xf32, #blocked1> loc(1)"
     good = {"ttgir": f"{layout}\n  {line}", "ptx": "mma.sp::ordered_metadata.sync"}
     assert nm_mma.contract(good) is None
