@@ -86,7 +86,7 @@ class Weights:
 def forms() -> Iterator[Form]:
     """cuBLAS first: the others are compared with it."""
     yield Form("cuBLAS bf16", "bf16", 1, 1 << 30, _cublas)
-    found = [name for name in plugins.names("kernels") if name != "launch" and not name.endswith("_unpack")]
+    found = [name for name in plugins.names("kernels") if not name.endswith("_unpack")]
     for name in sorted({*EXPECTED, *found}):
         yield from _of_kernel(name)
     yield Form("cuSPARSELt bf16", "bf16", 1, 1 << 30, _cusparselt)
