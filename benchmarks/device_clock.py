@@ -10,25 +10,35 @@ import torch
 
 from benchmarks import rows
 
-GRAPH_CALLS = 16  # at least so many calls a graph: starting one costs as much as several short kernels
+GRAPH_CALLS = 16  # at least so many short calls a graph: starting one costs as much as several of them
 TURN_SECONDS = 2e-3  # long against what two events cost
+LONGEST_TURN = 20e-3  # a turn of slow calls takes fewer copies: what they read cannot stay in a cache
 
 
 class Turns:
     """The calls of one form, one a copy of its weight, to be timed in turn with other forms.
 
-    ``graph`` says whether a CUDA graph replays them; ``no_graph`` why not, on a GPU.
+    ``copies`` says how many are used, ``graph`` is the CUDA graph that replays them, and ``no_graph`` says why there
+    is none on a GPU.
     """
 
     def __init__(self, calls: Sequence[Callable[[], Any]], device: torch.device) -> None:
-        self.calls = list(calls) * (math.ceil(GRAPH_CALLS / len(calls)) if device.type == "cuda" else 1)
+        self.calls = list(calls)
         self.device = device
+        self.graph: Any = None
         self.no_graph: str | None = None
-        self.graph = self._capture() if device.type == "cuda" else None
         self.runs = 1
-        for _ in range(2 if device.type == "cuda" else 0):  # the first run also warms up
-            seconds = self.turn() * len(self.calls)
-            self.runs = max(1, min(1000, math.ceil(TURN_SECONDS / max(seconds, 1e-6))))
+        self.copies = len(self.calls)
+        if device.type != "cuda":
+            return
+        seconds = self._warm_up()
+        self.copies = min(self.copies, max(2, int(LONGEST_TURN / seconds)))
+        short = min(GRAPH_CALLS, TURN_SECONDS / seconds)
+        self.calls = self.calls[: self.copies] * max(1, math.ceil(short / self.copies))
+        self.graph = self._capture()
+        for _ in range(2):  # the first run also warms up
+            once = self.turn() * len(self.calls)
+            self.runs = max(1, min(1000, math.ceil(TURN_SECONDS / max(once, 1e-6))))
 
     def turn(self) -> float:
         """Seconds of one call, the mean of a turn."""
@@ -37,7 +47,8 @@ class Turns:
             self._run()
             return (time.perf_counter() - start) / len(self.calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._run()  # clocks and caches are as this form leaves them, not as the one before did
+        if self.runs > 1:
+            self._run()  # clocks and caches are as this form leaves them, not as the one before did
         start.record()
         for _ in range(self.runs):
             self._run()
@@ -52,25 +63,33 @@ class Turns:
         for call in self.calls:
             call()
 
-    def _capture(self) -> Any:
-        stream = _side()
+    def _warm_up(self) -> float:
+        """Seconds of a call that is launched from Python, on the stream of the warm-up that graphs need."""
+        stream, first = _side(), self.calls[:2]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._run_all()
+            for call in first:
+                call()
+            stream.synchronize()
+            start = time.perf_counter()
+            for call in first:
+                call()
+            stream.synchronize()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        return max((time.perf_counter() - start) / len(first), 1e-6)
+
+    def _capture(self) -> Any:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
-                self._run_all()
+                for call in self.calls:
+                    call()
         except Exception as error:  # a call that waits for the device cannot be captured, whoever wrote it
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own as the current one
             torch.cuda.synchronize()
             self.no_graph = rows.reason(error)
             return None
         return graph
-
-    def _run_all(self) -> None:
-        for call in self.calls:
-            call()
 
 
 @cache

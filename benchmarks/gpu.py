@@ -142,7 +142,7 @@ def _copy(process: "subprocess.Popen[str]", name: str, out: Path | None) -> None
     if out:
         out.mkdir(parents=True, exist_ok=True)
     assert process.stdout is not None
-    with (out / f"{name}.log" if out else Path(os.devnull)).open("w") as file:
+    with process.stdout, (out / f"{name}.log" if out else Path(os.devnull)).open("w") as file:
         for line in process.stdout:
             print(line, end="", flush=True)
             file.write(line)

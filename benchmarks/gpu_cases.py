@@ -98,7 +98,7 @@ class Bench:
             raise Wrong(f"relative error {error:.3g} against float64, more than {LIMIT}")
         turns = Turns([partial(call, copy) for copy in copies], self.device)
         graph = {"graph": turns.graph is not None, "no_graph": turns.no_graph}
-        facts = {"pattern": held.pattern, "stored_bytes": _bytes(held.tensors), "copies": len(copies)}
+        facts = {"pattern": held.pattern, "stored_bytes": _bytes(held.tensors), "copies": turns.copies}
         return {**facts, "error": error, **graph, **notes}, turns
 
     def _copies(self, form: Any, shape: tuple[int, int]) -> tuple[Any, list[Any]]:
