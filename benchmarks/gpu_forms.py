@@ -192,6 +192,8 @@ def _search(packed: Tensor, x: Tensor) -> tuple[dict[str, int], str]:
     except (ImportError, AttributeError, TypeError):  # an older torch, or another signature
         found = torch._cslt_sparse_mm_search(packed, x, transpose_result=True)
         return {"alg_id": found}, "_cslt_sparse_mm_search"
+    except RuntimeError as error:
+        return {"alg_id": 0}, f"failed: {rows.reason(error)}"
 
 
 def _int4(weights: Weights) -> Held:
