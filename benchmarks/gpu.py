@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-RESERVE = 10  # seconds kept back for stopping and for the summary
+RESERVE = 15  # seconds kept back for stopping and for the summary
+GRACE = 5  # seconds that a step has to end after an interrupt
 
 
 class Step(NamedTuple):
@@ -125,9 +126,17 @@ def _outcome(step: Step, left: float, out: Path | None) -> str:
         outcome = "done" if status == 0 else f"failed with status {status}"
     except subprocess.TimeoutExpired:
         outcome = f"stopped after {limit:.0f} s"
+        _interrupt(process)
     _stop(process)
     copying.join(timeout=5)
     return outcome
+
+
+def _interrupt(process: "subprocess.Popen[str]") -> None:
+    """As Ctrl-C does: pytest then says what has failed so far."""
+    os.kill(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE)
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:

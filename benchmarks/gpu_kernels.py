@@ -9,6 +9,7 @@ own measures, so that a kernel that faults or hangs costs its own figures and no
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -47,11 +48,12 @@ def main() -> None:
     file = Path(options.results or rows.RESULTS / "gpu_kernels.json")
     run = Run(cases(options.device), options)
     measured = []
-    for row in run:
-        measured.append(row)
-        if options.results or options.device != "cpu":
-            rows.append(file, row | rows.provenance())
-        print(f"{row['shape'][0]} x {row['shape'][1]}, {row['tokens']} tokens", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):  # what was measured is told
+        for row in run:
+            measured.append(row)
+            if options.results or options.device != "cpu":
+                rows.append(file, row | rows.provenance())
+            print(f"{row['shape'][0]} x {row['shape'][1]}, {row['tokens']} tokens", file=sys.stderr)
     print(table(measured, run))
     every = [form for row in measured for form in row["forms"]]
     if run.bad or not measured or any("failed" in form and not form["unavailable"] for form in every):

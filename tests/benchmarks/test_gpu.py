@@ -33,16 +33,27 @@ def test_a_step_that_fails_does_not_stop_the_next_and_fails_the_whole(tmp_path: 
     assert gpu.run(wanted[1:], 60) == 0
 
 
-def test_a_step_that_takes_too_long_is_stopped_with_what_it_started(tmp_path: Path) -> None:
-    child = f"import time; time.sleep(4); open({str(tmp_path / 'lived')!r}, 'w')"
-    code = (
-        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    )
+def test_a_step_that_takes_too_long_is_interrupted_and_ends_with_what_it_started(
+    tmp_path: Path, capfd: Any
+) -> None:
+    lived = tmp_path / "lived"
+    child = f"import time; time.sleep(4); open({str(lived)!r}, 'w')"
+    code = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", {child!r}])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("so far")
+"""
     start = time.monotonic()
     assert gpu.run([python(code)], gpu.RESERVE + 2) == 1
-    assert time.monotonic() - start < 8
+    out = capfd.readouterr().out
+    assert "so far" in out and "| stopped after 2 s |" in out and time.monotonic() - start < 4
     time.sleep(max(0.0, 5 - (time.monotonic() - start)))
-    assert not (tmp_path / "lived").exists()
+    assert not lived.exists()
 
 
 def test_every_step_is_a_module_here_and_minds_its_results_folder(tmp_path: Path) -> None:
