@@ -158,8 +158,8 @@ def _held_pattern(module: Any, values: str, weights: Weights) -> tuple[str, Tens
 
 
 def _cusparselt(weights: Weights) -> Held:
-    if not torch.backends.cusparselt.is_available():
-        raise Unavailable("this torch has no cuSPARSELt")
+    if weights.device.type != "cuda" or not torch.backends.cusparselt.is_available():
+        raise Unavailable("cuSPARSELt needs a CUDA device, and a torch that is built with it")
     numbers, _ = weights.numbers("2:4", "bf16")
     dense = numbers.view(torch.bfloat16)
     sparse: Any = torch.sparse.to_sparse_semi_structured(dense)
