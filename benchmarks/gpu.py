@@ -66,7 +66,15 @@ def steps(out: Path | None) -> list[Step]:
         return ["--results", str(out / f"{name}.json")] if out else []
 
     # Warnings are not errors here: versions are those of the machine, not those that CI tests.
-    tests = ["tests/kernels", "--ignore=tests/kernels/cpu", "-q", "--maxfail=10", "-W", "default"]
+    tests = [
+        "tests/kernels",
+        "--ignore=tests/kernels/cpu",
+        "-q",
+        "--maxfail=10",
+        "-W",
+        "default",
+        *_workers(),
+    ]
     speed = python("benchmarks.prune_speed", "--device", "cuda", "--runs", "1", *results("prune_speed"))
     return [
         Step("numerics", python("pytest", *tests), 0.3, _missing("pytest"), minutes=False),
@@ -74,6 +82,12 @@ def steps(out: Path | None) -> list[Step]:
         Step("gpu_prune", python("benchmarks.gpu_prune", *results("gpu_prune")), 1.0),
         Step("prune_speed", speed, 1.0, _no_model(), minutes=False, least=100),
     ]
+
+
+def _workers() -> list[str]:
+    """Compiling takes most of the tests' time: several processes of pytest, where pytest-xdist is."""
+    count = min(8, (os.cpu_count() or 1) // 2)
+    return ["-n", str(count)] if count > 1 and importlib.util.find_spec("xdist") else []
 
 
 def _missing(package: str) -> str | None:

@@ -146,12 +146,16 @@ def _triton(module: Any, unpack: Any, values: str, weights: Weights) -> Held:
     return Held(tuple(tensors), pattern, lambda: weights.exact(pattern, values), prepare)
 
 
+FREEST: dict[str, str] = {}  # kernel -> the pattern that it held last: a refusal costs as much as a weight
+
+
 def _held_pattern(module: Any, values: str, weights: Weights) -> tuple[str, Tensor, Tensor | None]:
     refusals = []
-    for pattern in PATTERNS:
+    for pattern in sorted(PATTERNS, key=lambda pattern: pattern != FREEST.get(module.__name__)):
         numbers, scales = weights.numbers(pattern, values)
         why = module.why_not(numbers, values)
         if why is None:
+            FREEST[module.__name__] = pattern
             return pattern, numbers, scales
         refusals.append(f"{pattern}: {why}")
     raise Unavailable("refused; " + "; ".join(refusals))
