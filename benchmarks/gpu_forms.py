@@ -150,15 +150,15 @@ FREEST: dict[str, str] = {}  # kernel -> the pattern that it held last: a refusa
 
 
 def _held_pattern(module: Any, values: str, weights: Weights) -> tuple[str, Tensor, Tensor | None]:
-    refusals = []
+    refused = {}
     for pattern in sorted(PATTERNS, key=lambda pattern: pattern != FREEST.get(module.__name__)):
         numbers, scales = weights.numbers(pattern, values)
         why = module.why_not(numbers, values)
         if why is None:
             FREEST[module.__name__] = pattern
             return pattern, numbers, scales
-        refusals.append(f"{pattern}: {why}")
-    raise Unavailable("refused; " + "; ".join(refusals))
+        refused[pattern] = why
+    raise Unavailable("refused; " + "; ".join(f"{pattern}: {refused[pattern]}" for pattern in PATTERNS))
 
 
 def _cusparselt(weights: Weights) -> Held:
