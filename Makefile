@@ -1,6 +1,10 @@
 # Every target sets up what it needs; start with `make help`.
 PYTHON ?= python3
 VENV ?= .venv
+# `make gpu` takes $(VENV) where it is, else PYTHON: any environment with torch, triton, transformers, accelerate,
+# safetensors, typer, rich, pyyaml and numpy, in which llmsparse itself need not be installed. For example
+# GPU_ARGS="--minutes 5 --out FOLDER".
+GPU_ARGS ?=
 # Extra pip arguments for torch alone, for example an index with CPU-only builds.
 TORCH_ARGS ?=
 
@@ -44,10 +48,8 @@ bench: $(READY)  ## Measure speed and memory on the CPU
 	$(BIN)/python -m benchmarks.prune_speed
 	$(BIN)/python -m benchmarks.memory
 
-gpu: $(READY)  ## Measure what runs on a GPU (needs one)
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"error: torch {torch.__version__} finds no CUDA GPU; make gpu needs one, make bench measures the CPU")'
-	$(BIN)/python -m benchmarks.large --device cuda
-	$(BIN)/python -m benchmarks.prune_speed --device cuda
+gpu:  ## Check and measure what runs on a GPU (needs one), in 8 minutes; installs and downloads nothing
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
 
 clean:  ## Remove the virtual environment and what was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -84,8 +84,11 @@ def _measure(shape: dict[str, Any], blocks: int, options: Any) -> list[dict[str,
     return found
 
 
-def save_random(shape: dict[str, Any], blocks: int, folder: Path) -> int:
-    """Write a random llama checkpoint with a tokenizer into ``folder``; returns its number of parameters."""
+def save_random(shape: dict[str, Any], blocks: int, folder: Path, device: str = "cpu") -> int:
+    """Write a random llama checkpoint with a tokenizer into ``folder``; returns its number of parameters.
+
+    ``device`` draws the numbers: billions take minutes on a CPU.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from tests.tiny import BOS, EOS, tokenizer
@@ -94,10 +97,15 @@ def save_random(shape: dict[str, Any], blocks: int, folder: Path) -> int:
         vocab_size=VOCABULARY, num_hidden_layers=blocks, bos_token_id=BOS, eos_token_id=EOS, **shape
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    del model
+    if device != "cpu":
+        torch.cuda.empty_cache()  # another process needs the memory, and measures it
+    return parameters
 
 
 def _save_tokens(options: Any, file: Path) -> None:

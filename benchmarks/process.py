@@ -65,7 +65,7 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}; memory is measured on Linux only")
 
 
-def run(module: str, *arguments: str | Path) -> dict[str, Any]:
+def run(module: str, *arguments: str | Path, timeout: float | None = None) -> dict[str, Any]:
     """``python -m module arguments`` from the repository root.
 
     Returns its JSON line with ``process_seconds``, the whole process's wall time, added.
@@ -77,6 +77,7 @@ def run(module: str, *arguments: str | Path) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        timeout=timeout,
     )
     return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": time.perf_counter() - start}
 

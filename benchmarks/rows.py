@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from llmsparse.atomic import write_whole
 from llmsparse.device import processor
+from llmsparse.errors import first_line
 from llmsparse.report import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +34,7 @@ def append(file: Path, row: dict[str, Any]) -> None:
 def provenance(*files: str | Path) -> dict[str, Any]:
     """Versions, machine, commit, date and command; sha256 of the data ``files`` that were read."""
     return {
-        "versions": versions(),
+        "versions": versions() | _triton(),
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -42,6 +44,13 @@ def provenance(*files: str | Path) -> dict[str, Any]:
         "data_sha256": {public(file): sha256(Path(file)) for file in files if Path(file).is_file()},
         "command": _command(),
     }
+
+
+def _triton() -> dict[str, str]:
+    try:
+        return {"triton": version("triton")}
+    except PackageNotFoundError:
+        return {}
 
 
 def _command() -> str:
@@ -78,12 +87,24 @@ def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def reason(error: BaseException) -> str:
+    """Why a row has no figure, in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
 def commit() -> str:
-    """The commit of this repository, with ``+changes`` when the sources differ from it."""
+    """The commit of this repository, with ``+changes`` when the sources differ from it.
+
+    A copy of the sources without git has the one that $LLMSPARSE_COMMIT names, else "unknown".
+    """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     sources = ("llmsparse", "eval", "kernels", "benchmarks/*.py")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
-    return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("LLMSPARSE_COMMIT") or "unknown"

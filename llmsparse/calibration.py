@@ -235,9 +235,14 @@ def _read(unit: Unit) -> list[Document]:
 
 
 def _parquet(file: Path) -> Any:
-    from pyarrow import ArrowException  # type: ignore[import-untyped]
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
-
+    try:
+        from pyarrow import ArrowException  # type: ignore[import-untyped]
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError(
+            f"{file} is parquet, and reading it needs the package pyarrow, which is not installed; "
+            "pip install pyarrow, or give a .txt or .jsonl file"
+        ) from error
     try:
         return ParquetFile(file)
     except (ArrowException, OSError) as error:
@@ -261,6 +266,8 @@ def _hub(source: str, seed: int | None, token: str | None, cache_dir: str | None
             number, row = next(rows)
         except StopIteration:
             return
+        except UserError:
+            raise
         except Exception as error:  # of datasets, the hub's client or its HTTP library, whichever that is
             raise UserError(
                 f"{source} is no file or folder here, and reading it as a hub dataset failed "
@@ -270,7 +277,13 @@ def _hub(source: str, seed: int | None, token: str | None, cache_dir: str | None
 
 
 def _hub_rows(source: str, seed: int | None, token: str | None, cache_dir: str | None) -> Iterator[Any]:
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{source} is no file or folder here, and reading it as a hub dataset needs the package datasets, "
+            "which is not installed; pip install datasets, or give a .txt or .jsonl file"
+        ) from error
 
     name, *rest = source.split(":")
     if len(rest) == 1 and rest[0] in SPLITS:
