@@ -1,5 +1,7 @@
 """Products with weights of at most 8 non-zeros in 16, each with its place in four bits."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from llmsparse.kernels import splits, widen
 from llmsparse.kernels.launch import Launch
 
 MAX_TOKENS = 8
-ROWS, WARPS = 32, 4
+ROWS, WARPS = 64, 4
 PAD_ROWS = 64  # what tiles divide: zeros fill a weight up to them, and no loop needs a mask
 
 
@@ -20,9 +22,8 @@ def reference(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, 
 def dense(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str) -> Tensor:
     """The weight (out, in) in float64."""
     words, places, scales = tensors
-    out, columns = shape
-    rows, lanes, share = len(places), lanes_of(places.shape[1]), share_of(values)
-    half = half_of(tensors, columns)
+    rows, groups, half = places.shape
+    lanes, share = lanes_of(groups * half), share_of(values)
     if share == 1:
         kept = words.view(widen.float_of(values)).view(rows, -1, 2).double()
     else:
@@ -30,14 +31,12 @@ def dense(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str) -> T
         stored = torch.stack([stored & 15, stored >> 4], 2) if share == 4 else stored
         kept = stored.view(rows, -1, lanes, share, 2).transpose(2, 3).reshape(rows, -1, 2).double()
         kept -= 128 if share == 2 else 8
-    pairs = places.view(torch.uint8).view(rows, -1, lanes, 4).transpose(2, 3).reshape(rows, -1)
-    at = torch.stack([pairs & 15, pairs >> 4], 2).long()
-    at += 16 * (torch.arange(pairs.shape[1], device=at.device) // half)[:, None]
-    used = columns // 16 * half
-    weight = torch.zeros(rows, columns, dtype=torch.float64, device=at.device)
-    # Zeros that fill a group share a place with another value: they are added, not written.
-    weight.scatter_add_(1, at[:, :used].flatten(1), kept[:, :used].flatten(1))
-    return widen.scaled(weight[:out], scales, values)
+    pairs = places.view(rows, -1, lanes, 4).transpose(2, 3).reshape(rows, -1)
+    at = torch.stack([pairs & 15, pairs >> 4], 2).view(rows, groups, -1).long()
+    weight = torch.zeros(rows, groups, 16, dtype=torch.float64, device=at.device)
+    # Zeros that fill a group may share a place with another value: they are added, not written.
+    weight.scatter_add_(2, at, kept.view(rows, groups, -1))
+    return widen.scaled(weight.view(rows, -1)[: shape[0], : shape[1]], scales, values)
 
 
 @triton.jit
@@ -105,13 +104,13 @@ def linear(
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), by ``programs`` for each token or few more."""
     words, places, scales = tensors
-    pairs, blocks = places.shape[1] * 4, len(places) // ROWS
-    lanes, half = lanes_of(places.shape[1]), half_of(tensors, shape[1])
-    count, turns = splits.shares(blocks, pairs // (4 * lanes), programs)
-    wide = widened(x, -(-pairs // half) * 16)
+    rows, groups, half = places.shape
+    lanes, blocks = lanes_of(groups * half), rows // ROWS
+    count, turns = splits.shares(blocks, groups * half // (4 * lanes), programs)
+    wide = widened(x, groups * 16)
     y = torch.empty((count, len(x), shape[0]), dtype=splits.dtype_of(x, count), device=x.device)
     n16_gemv[(len(x), blocks, count)](
-        words, places, scales, wide, y, shape[0], pairs, wide.shape[1], turns, scales.shape[1],
+        words, int32s(places), scales, wide, y, shape[0], groups * half, groups * 16, turns, scales.shape[1],
         **constants(values, half, lanes), ROWS=ROWS, num_warps=WARPS, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return splits.add(y, x.dtype)
@@ -126,14 +125,13 @@ def widened(x: Tensor, width: int) -> Tensor:
     return wide
 
 
-def lanes_of(places: int) -> int:
+def int32s(places: Tensor) -> Tensor:
+    return places.view(len(places), -1).view(torch.int32)
+
+
+def lanes_of(pairs: int) -> int:
     """16, for segments of 64 bytes, unless that would take more padding."""
-    return 16 if places % 16 == 0 else 8
-
-
-def half_of(tensors: tuple[Tensor, ...], columns: int) -> int:
-    """Pairs of a group: the most that so many pairs leave room for, since padding is less than a pair a group or short."""
-    return int(tensors[3].numel())
+    return 16 if pairs % 64 == 0 else 8
 
 
 def share_of(values: str) -> int:
@@ -143,3 +141,70 @@ def share_of(values: str) -> int:
 
 def constants(values: str, half: int, lanes: int) -> dict:
     return {"KIND": widen.kind_of(values), "GROUP": widen.group_of(values), "HALF": half, "LANES": lanes}
+
+
+def why_not(numbers: Tensor, values: str) -> str | None:
+    if reason := widen.why_not(numbers, values):
+        return reason
+    if numbers.shape[1] % 16:
+        return f"needs inputs divisible by 16, not {numbers.shape[1]}"
+    most = most_of(numbers)
+    return f"holds at most 8 of every 16 inputs, not {most}" if most > 8 else None
+
+
+def most_of(numbers: Tensor) -> int:
+    return int((numbers.view(len(numbers), -1, 16) != 0).sum(2).max()) if numbers.numel() else 0
+
+
+def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, ...]:
+    """words int32 (rows, pairs / pairs in a word), places uint8 (rows, groups, pairs of a group), scales; padded."""
+    out, columns = numbers.shape
+    half = max(1, -(-most_of(numbers) // 2))
+    unit = 32 // math.gcd(32, half)
+    wide = -(-columns // (32 * unit)) * 2 * unit
+    groups = wide if wide * 16 <= 1.05 * columns else -(-columns // (16 * unit)) * unit
+    rows, lanes, share = -(-out // PAD_ROWS) * PAD_ROWS, lanes_of(groups * half), share_of(values)
+    filled = torch.zeros(rows, 16 * groups, dtype=numbers.dtype, device=numbers.device)
+    filled[:out, :columns] = numbers
+    kept, at = kept_of(filled.view(-1, 16), 2 * half)
+    places = (at[:, 0::2] | at[:, 1::2] << 4).view(rows, -1, 4, lanes).transpose(2, 3)
+    if share > 1:
+        kept = widen.biased(kept, values).view(rows, -1, share, lanes, 2).transpose(2, 3).contiguous()
+        kept = kept if share == 2 else kept[..., 0] | kept[..., 1] << 4
+    scale_columns = -(-16 * groups // (widen.group_of(values) or 16 * groups))
+    scales = widen.padded(scales, rows, scale_columns, numbers.device)
+    return kept.view(rows, -1).view(torch.int32), places.reshape(rows, groups, half), scales
+
+
+def kept_of(groups: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """(values, places uint8) of the ``kept`` first non-zeros of each row of (groups, 16); zeros at 0 where they are fewer."""
+    rank = torch.zeros(len(groups), dtype=torch.uint8, device=groups.device)
+    values = torch.zeros(len(groups), kept, dtype=groups.dtype, device=groups.device)
+    places = torch.zeros(len(groups), kept, dtype=torch.uint8, device=groups.device)
+    for place in range(16):
+        there = groups[:, place] != 0
+        for slot in range(min(place + 1, kept)):
+            here = there & (rank == slot)
+            values[:, slot] = torch.where(here, groups[:, place], values[:, slot])
+            places[:, slot] = torch.where(here, place, places[:, slot])
+        rank += there
+    return values, places
+
+
+def launches() -> list[Launch]:
+    kinds = [(values, 4, 16, ROWS, WARPS) for values in ("bf16", "fp16", "int8", "int4:128", "int4:32")]
+    others = [("bf16", 2, 16, ROWS, WARPS), ("bf16", 3, 16, ROWS, WARPS), ("bf16", 4, 8, ROWS, WARPS)]
+    return [launch(*one) for one in [*kinds, *others, ("bf16", 4, 16, 64, 8), ("bf16", 4, 16, 32, 4)]]
+
+
+def launch(values: str, half: int, lanes: int, rows: int, warps: int) -> Launch:
+    pointers = {"words": "*i32", "places": "*i32", "scales": "*bf16", "x": "*fp32", "y": "*fp32"}
+    return Launch(
+        name=f"{values} {2 * half}:16 {rows}x{lanes} {warps} warps",
+        kernel=n16_gemv,
+        signature=pointers | dict.fromkeys(["out", "pairs", "width", "turns", "scale_columns"], "i32"),
+        constants=constants(values, half, lanes) | {"ROWS": rows},
+        warps=warps,
+        weights=rows * lanes * 64 // half,
+        aligned=(*pointers, "pairs", "width", "out"),
+    )

@@ -89,3 +89,12 @@ def codes(word, PLACE: tl.constexpr, BITS: tl.constexpr):
 def weight(code, scale):
     """code x scale, and +0.0 for code 0 though the scale be negative."""
     return tl.where(code == 0, 0.0, code * scale)
+
+
+@triton.jit
+def single(bits, KIND: tl.constexpr):
+    """One 16-bit float from its int16."""
+    if KIND == "bf16":
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
