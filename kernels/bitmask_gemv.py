@@ -60,12 +60,16 @@ def bitmask_gemv(
         bits = word >> shift
         x = planes + token * 32 * words + turn * LANES + lanes
         if KIND == "bf16" or KIND == "fp16":
-            total = four_floats(total, value + first, bits, x, 8 * words, KIND)
-        elif KIND == "int8":
-            total = four_codes(total, value, first, bits, x, 8 * words, 8)
+            at = value + first
+            v0, v1, v2, v3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
         else:
-            part = four_codes(tl.zeros_like(total), value, first, bits, x, 8 * words, 4)
-            total += part * tl.load(scale + ((turn * LANES + lanes) // (GROUP // 4))[None, :]).to(tl.float32)
+            v0, v1, v2, v3 = four_codes(value, first, 8 if KIND == "int8" else 4)
+        if KIND == "int4":
+            place = scale + ((turn * LANES + lanes) // (GROUP // 4))[None, :]
+            part = four(tl.zeros_like(total), v0, v1, v2, v3, bits, x, 8 * words, KIND)
+            total += part * tl.load(place).to(tl.float32)
+        else:
+            total = four(total, v0, v1, v2, v3, bits, x, 8 * words, KIND)
     sums = tl.sum(total, 1)
     if KIND == "int8":
         sums *= tl.load(scales + rows).to(tl.float32)
@@ -83,8 +87,17 @@ def count(word):
 
 
 @triton.jit
-def four_floats(total, value, bits, x, plane, KIND: tl.constexpr):
-    v0, v1, v2, v3 = tl.load(value), tl.load(value + 1), tl.load(value + 2), tl.load(value + 3)
+def four_codes(value, first, BITS: tl.constexpr):
+    """Four int32 whose low bits are code number ``first`` and those that follow: two words are read as one."""
+    at = value + first // (32 // BITS)
+    low, high = tl.load(at).to(tl.uint32).to(tl.uint64), tl.load(at + 1).to(tl.uint32).to(tl.uint64)
+    window = ((high << 32 | low) >> (first % (32 // BITS) * BITS).to(tl.uint64)).to(tl.uint32).to(tl.int32)
+    return window, window >> BITS, window >> (2 * BITS), window >> (3 * BITS)
+
+
+@triton.jit
+def four(total, v0, v1, v2, v3, bits, x, plane, KIND: tl.constexpr):
+    """total + the values of the set bits times x: after each of them the values move up."""
     b0, b1, b2, b3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
     total = tl.where(b0, total + widen.single(v0, KIND) * tl.load(x)[None, :], total)
     v0, v1, v2 = tl.where(b0, v1, v0), tl.where(b0, v2, v1), tl.where(b0, v3, v2)
@@ -93,20 +106,6 @@ def four_floats(total, value, bits, x, plane, KIND: tl.constexpr):
     total = tl.where(b2, total + widen.single(v0, KIND) * tl.load(x + 2 * plane)[None, :], total)
     v0 = tl.where(b2, v1, v0)
     return tl.where(b3, total + widen.single(v0, KIND) * tl.load(x + 3 * plane)[None, :], total)
-
-
-@triton.jit
-def four_codes(total, value, first, bits, x, plane, BITS: tl.constexpr):
-    at = first // (32 // BITS)
-    low = tl.load(value + at).to(tl.uint32).to(tl.uint64)
-    high = tl.load(value + at + 1).to(tl.uint32).to(tl.uint64)
-    window = ((high << 32 | low) >> (first % (32 // BITS) * BITS).to(tl.uint64)).to(tl.uint32).to(tl.int32)
-    for number in tl.static_range(4):
-        here = (bits & (1 << number)) != 0
-        term = widen.code(window, 0, BITS) * tl.load(x + number * plane)[None, :]
-        total = tl.where(here, total + term, total)
-        window = tl.where(here, window >> BITS, window)
-    return total
 
 
 def linear(

@@ -93,8 +93,12 @@ def weight(code, scale):
 
 @triton.jit
 def single(bits, KIND: tl.constexpr):
-    """One 16-bit float from its int16."""
+    """One 16-bit float from its int16, or one code from the low bits of an int32."""
     if KIND == "bf16":
         return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == "int8":
+        return code(bits, 0, 8)
+    elif KIND == "int4":
+        return code(bits, 0, 4)
     else:
         return bits.to(tl.float16, bitcast=True).to(tl.float32)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from .weights import DEVICE, Weight, kept_of_groups, make
+from .weights import DEVICE, DTYPES, Weight, kept_of_groups, make
 
 VALUES = ["bf16", "fp16", "int8", "int4:8", "int4:24", "int4:32", "int4:128"]
 SHAPES = {
     "nm_gemv": [(1, 4), (7, 100), (65, 516)],
     "n16_gemv": [(1, 16), (7, 112), (65, 528)],
+    "bitmask_gemv": [(1, 1), (7, 99), (65, 260)],
 }
 CASES = [(kernel, shape) for kernel, shapes in SHAPES.items() for shape in shapes]
 KERNELS = list(SHAPES)
@@ -50,7 +51,8 @@ def assert_close(y: Tensor, x: Tensor, weight: Tensor) -> None:
     """One rounding to y's dtype, and float32 sums whatever their order: ours add at most a few hundred terms each."""
     exact = x.double() @ weight.T
     sums = 8 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.T.abs())
-    rounding = torch.finfo(y.dtype).eps / 2 * (exact.abs() + sums) + torch.finfo(y.dtype).smallest_normal
+    cut = y.dtype == torch.bfloat16 and DEVICE == "cpu"  # Triton's interpreter cuts float32 to bf16
+    rounding = torch.finfo(y.dtype).eps / (1 if cut else 2) * (exact.abs() + sums) + torch.finfo(y.dtype).smallest_normal
     assert y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= rounding + sums).all())  # NaN is not
 
@@ -100,12 +102,13 @@ def test_unpacked_is_the_dense_weight(kernel: str, shape: tuple[int, int], value
     tensors = gemv.pack(weight.numbers, values, weight.scales)
     out = torch.empty(shape, dtype=dtype, device=DEVICE)
     unpacking.unpack(tensors, shape, values, out)
-    expected = weight.dense.to(dtype)
-    if weight.numbers.dtype == torch.int8:
-        expected = expected + 0.0  # code 0 is +0.0, whatever the scale's sign
+    expected = (weight.dense if values in DTYPES else weight.dense + 0.0).to(dtype)  # code 0 is +0.0 whatever its scale
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # Triton's interpreter cuts float32 to bf16
+        expected = (weight.dense.float().view(torch.int32) & -65536).view(torch.float32).to(dtype)
+        expected = expected if values in DTYPES else expected + 0.0
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(out.view(bits), expected.view(bits))
-    assert torch.equal(unpacking.reference(tensors, shape, values, torch.empty_like(out)).double(), expected.double())
+    assert torch.equal(unpacking.reference(tensors, shape, values, torch.empty_like(out)), weight.dense.to(dtype))
 
 
 @pytest.mark.parametrize("values", ["bf16", "fp16"])
@@ -175,7 +178,7 @@ def test_infinite_activations_reach_only_the_weights_that_are_kept(kernel: str) 
     x = activations(1, shape[1], torch.float32)
     x[:, 5] = float("inf")
     y = gemv.linear(gemv.pack(numbers, "bf16", None), shape, "bf16", x)
-    if kernel == "bitmask_gemv":  # the others store zeros in groups that have fewer values than places
+    if kernel == "bitmask_gemv":  # others store zeros in groups that have fewer values than places
         assert bool(y.isfinite().all())
     numbers[:, 5] = 0x3F80  # 1.0 in each row, and in no full group
     numbers[:, :5], numbers[:, 6:16] = 0, 0
