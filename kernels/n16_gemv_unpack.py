@@ -38,7 +38,9 @@ def n16_gemv_unpack(
         for number in tl.static_range(HALF):
             pair = group * HALF + number
             part, lane = pair // LANES, pair % LANES
-            at = tl.load(place + (part // 4 * 4 * LANES + lane * 4 + part % 4), mask=mask, other=0).to(tl.int32)
+            at = tl.load(place + (part // 4 * 4 * LANES + lane * 4 + part % 4), mask=mask, other=0).to(
+                tl.int32
+            )
             stored = tl.load(word + (part // share * LANES + lane), mask=mask, other=0)
             if RAW:
                 low, high = stored & 0xFFFF, (stored >> 16) & 0xFFFF
@@ -106,7 +108,8 @@ def launch(values: str, dtype: tl.dtype) -> Launch:
         name=f"{values} 8:16 to {dtype}",
         kernel=n16_gemv_unpack,
         signature=pointers | dict.fromkeys(["out", "columns", "groups", "scale_columns"], "i32"),
-        constants=constants(values, 4, 16) | {"ROWS": ROWS, "GROUPS": GROUPS, "STEPS": STEPS, "DTYPE": dtype, "RAW": raw},
+        constants=constants(values, 4, 16)
+        | {"ROWS": ROWS, "GROUPS": GROUPS, "STEPS": STEPS, "DTYPE": dtype, "RAW": raw},
         warps=WARPS,
         weights=ROWS * GROUPS * 16,
         aligned=(*pointers, "groups", "columns"),

@@ -22,7 +22,9 @@ KERNELS = list(SHAPES)
 
 
 def modules(kernel: str) -> tuple[Any, Any]:
-    return tuple(importlib.import_module(f"llmsparse.kernels.{name}") for name in (kernel, f"{kernel}_unpack"))  # type: ignore[return-value]
+    return tuple(
+        importlib.import_module(f"llmsparse.kernels.{name}") for name in (kernel, f"{kernel}_unpack")
+    )  # type: ignore[return-value]
 
 
 def weight_for(kernel: str, shape: tuple[int, int], values: str, fill: float = 0.8) -> Weight:
@@ -52,7 +54,10 @@ def assert_close(y: Tensor, x: Tensor, weight: Tensor) -> None:
     exact = x.double() @ weight.T
     sums = 8 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.T.abs())
     cut = y.dtype == torch.bfloat16 and DEVICE == "cpu"  # Triton's interpreter cuts float32 to bf16
-    rounding = torch.finfo(y.dtype).eps / (1 if cut else 2) * (exact.abs() + sums) + torch.finfo(y.dtype).smallest_normal
+    rounding = (
+        torch.finfo(y.dtype).eps / (1 if cut else 2) * (exact.abs() + sums)
+        + torch.finfo(y.dtype).smallest_normal
+    )
     assert y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= rounding + sums).all())  # NaN is not
 
@@ -96,19 +101,25 @@ def test_reference_is_the_dense_product(kernel: str, shape: tuple[int, int], val
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize(("kernel", "shape"), CASES)
-def test_unpacked_is_the_dense_weight(kernel: str, shape: tuple[int, int], values: str, dtype: torch.dtype) -> None:
+def test_unpacked_is_the_dense_weight(
+    kernel: str, shape: tuple[int, int], values: str, dtype: torch.dtype
+) -> None:
     gemv, unpacking = modules(kernel)
     weight = weight_for(kernel, shape, values)
     tensors = gemv.pack(weight.numbers, values, weight.scales)
     out = torch.empty(shape, dtype=dtype, device=DEVICE)
     unpacking.unpack(tensors, shape, values, out)
-    expected = (weight.dense if values in DTYPES else weight.dense + 0.0).to(dtype)  # code 0 is +0.0 whatever its scale
+    expected = (weight.dense if values in DTYPES else weight.dense + 0.0).to(
+        dtype
+    )  # code 0 is +0.0 whatever its scale
     if dtype == torch.bfloat16 and DEVICE == "cpu":  # Triton's interpreter cuts float32 to bf16
         expected = (weight.dense.float().view(torch.int32) & -65536).view(torch.float32).to(dtype)
         expected = expected if values in DTYPES else expected + 0.0
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(out.view(bits), expected.view(bits))
-    assert torch.equal(unpacking.reference(tensors, shape, values, torch.empty_like(out)), weight.dense.to(dtype))
+    assert torch.equal(
+        unpacking.reference(tensors, shape, values, torch.empty_like(out)), weight.dense.to(dtype)
+    )
 
 
 @pytest.mark.parametrize("values", ["bf16", "fp16"])
@@ -117,7 +128,9 @@ def test_unpacking_moves_every_bit_of_a_float(kernel: str, values: str) -> None:
     gemv, unpacking = modules(kernel)
     shape = SHAPES[kernel][1]
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)  # NaNs of every kind
+    numbers = torch.randint(
+        -(2**15), 2**15, shape, generator=generator, dtype=torch.int16
+    )  # NaNs of every kind
     numbers = torch.where(pattern(kernel, shape, 1.0, generator), numbers, 0).to(DEVICE)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[values]
     out = torch.empty(shape, dtype=dtype, device=DEVICE)
