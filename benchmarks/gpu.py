@@ -68,6 +68,7 @@ def steps(out: Path | None) -> list[Step]:
     # Warnings are not errors here: versions are those of the machine, not those that CI tests.
     tests = [
         "tests/kernels",
+        "tests/test_gpu.py",
         "--ignore=tests/kernels/cpu",
         "-q",
         "--maxfail=10",
