@@ -119,8 +119,7 @@ def linear(
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), by ``programs`` for each token or few more."""
     masks, stored, starts, bases, scales = tensors
-    rows, words = masks.shape
-    blocks = rows // ROWS
+    words, blocks = masks.shape[1], -(-shape[0] // ROWS)
     count, turns = splits.shares(blocks, words * 8 // LANES, programs)
     planes = planar(x, words * 8)
     y = torch.empty((count, len(x), shape[0]), dtype=splits.dtype_of(x, count), device=x.device)

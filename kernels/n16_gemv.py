@@ -110,8 +110,8 @@ def linear(
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), by ``programs`` for each token or few more."""
     words, places, scales = tensors
-    rows, groups, half = places.shape
-    lanes, blocks = lanes_of(groups * half), rows // ROWS
+    _, groups, half = places.shape
+    lanes, blocks = lanes_of(groups * half), -(-shape[0] // ROWS)
     count, turns = splits.shares(blocks, groups * half // (4 * lanes), programs)
     wide = widened(x, groups * 16)
     y = torch.empty((count, len(x), shape[0]), dtype=splits.dtype_of(x, count), device=x.device)
@@ -179,7 +179,7 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
         kept = kept if share == 2 else kept[..., 0] | kept[..., 1] << 4
     scale_columns = -(-16 * groups // (widen.group_of(values) or 16 * groups))
     scales = widen.padded(scales, rows, scale_columns, numbers.device)
-    return kept.view(rows, -1).view(torch.int32), places.reshape(rows, groups, half), scales
+    return kept.view(rows, -1).view(torch.int32), places.contiguous().view(rows, groups, half), scales
 
 
 def kept_of(groups: Tensor, kept: int) -> tuple[Tensor, Tensor]:

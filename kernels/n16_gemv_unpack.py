@@ -83,9 +83,9 @@ def placed(dense, value, at, slots, BOTH: tl.constexpr):
 def unpack(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, out: Tensor) -> Tensor:
     """Fills ``out`` (out, in), contiguous, with the weight."""
     words, places, scales = tensors
-    rows, groups, half = places.shape
+    _, groups, half = places.shape
     raw = values in ("bf16", "fp16") and out.dtype == widen.float_of(values)
-    n16_gemv_unpack[(rows // ROWS, -(-groups // (GROUPS * STEPS)))](
+    n16_gemv_unpack[(-(-shape[0] // ROWS), -(-groups // (GROUPS * STEPS)))](
         words, places, scales, out.view(torch.int32), *shape, groups, scales.shape[1],
         **constants(values, half, lanes_of(groups * half)), ROWS=ROWS, GROUPS=GROUPS, STEPS=STEPS, DTYPE=TYPES[out.dtype], RAW=raw,
         num_warps=WARPS, num_stages=1, enable_fp_fusion=True,

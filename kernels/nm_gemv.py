@@ -111,7 +111,7 @@ def linear(
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), by ``programs`` for each token or few more."""
     words, codes, scales = tensors
-    groups, blocks = codes.shape[1] * 8, len(codes) // ROWS
+    groups, blocks = codes.shape[1] * 8, -(-shape[0] // ROWS)
     count, turns = splits.shares(blocks, groups // (8 * lanes_of(groups)), programs)
     planes = planar(x, groups)
     y = torch.empty((count, len(x), shape[0]), dtype=splits.dtype_of(x, count), device=x.device)
