@@ -111,10 +111,11 @@ def _block(
             factor, here = following, (inner == j)[:, None]
             row += count
             following = tl.load(row + inner, mask=(inner > j + 1) & (inner < size), other=0.0)
-            error = tl.sum(tl.where(here & (keep == 0), tile, 0.0), 0)
+            error = tl.sum(tl.where(here, tile, 0.0), 0)
+            value = tl.sum(tl.where(here & keep, tile, 0.0), 0)
             if HIGH > 0:
-                value = tl.sum(tl.where(here & keep, tile, 0.0), 0)
-                error += value - _nearest(value, scale, LOW, HIGH) * scale
+                value = _nearest(value, scale, LOW, HIGH) * scale
+            error -= value
             error *= tl.sum(tl.where(inner == j, inverse, 0.0), 0)
             tile -= factor[:, None] * error[None, :]
     return tile, keep, inverse
@@ -144,31 +145,33 @@ def _sweep(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rows < outputs
     inner = tl.arange(0, BLOCK)
+    offsets = inner[:, None] * outputs + rows[None, :]
+    begin = tl.full((), 0, tl.int64)  # of a block
     scales = tl.zeros((ROWS,), tl.float32)
     if HIGH > 0:
         scales = tl.load(scale + rows, mask=there, other=1.0)
     STEP: tl.constexpr = BLOCK // M * M if N > 0 else BLOCK  # whole groups
     for first in range(0, count, STEP):
         size = tl.minimum(count - first, STEP)
-        at = (first + inner).to(tl.int64)[:, None] * outputs + rows[None, :]
         inside = (inner < size)[:, None] & there[None, :]
-        tile = tl.load(columns + at, mask=inside, other=0.0)
+        tile = tl.load(columns + begin + offsets, mask=inside, other=0.0)
         factor = upper + first + inner
         tile = _catch_up(tile, errors + rows, there, factor, inner < size, first, count, outputs)
         keep = tl.zeros_like(tile) != 0
         if N == 0:
-            keep = tl.load(kept + at, mask=inside, other=0) != 0
+            keep = tl.load(kept + begin + offsets, mask=inside, other=0) != 0
         row = upper + first * count + first
         tile, keep, inverse = _block(tile, keep, scales, row, size, count, N, M, LOW, HIGH)
-        lost = tl.where(keep, 0.0, tile)
+        value = tl.where(keep, tile, 0.0)
         if HIGH > 0:
-            code = _nearest(tl.where(keep, tile, 0.0), scales[None, :], LOW, HIGH)
-            tl.store(codes + at, code.to(tl.int8), mask=inside)
-            lost = tl.where(keep, tile - code * scales[None, :], tile)
-        tl.store(columns + at, tile, mask=inside)
-        tl.store(errors + at, lost * inverse[:, None], mask=inside)
+            code = _nearest(value, scales[None, :], LOW, HIGH)
+            value = code * scales[None, :]
+            tl.store(codes + begin + offsets, code.to(tl.int8), mask=inside)
+        tl.store(columns + begin + offsets, tile, mask=inside)
+        tl.store(errors + begin + offsets, (tile - value) * inverse[:, None], mask=inside)
         if N > 0:
-            tl.store(kept + at, keep.to(tl.uint8), mask=inside)
+            tl.store(kept + begin + offsets, keep.to(tl.uint8), mask=inside)
+        begin += STEP * outputs
         tl.debug_barrier()  # other threads of this program read these errors
 
 
