@@ -73,7 +73,9 @@ def bitmask_gemv(
     sums = tl.sum(total, 1)
     if KIND == "int8":
         sums *= tl.load(scales + rows).to(tl.float32)
-    tl.store(y + (split * tl.num_programs(0) + token) * out + rows, sums.to(y.dtype.element_ty), mask=rows < out)
+    tl.store(
+        y + (split * tl.num_programs(0) + token) * out + rows, sums.to(y.dtype.element_ty), mask=rows < out
+    )
 
 
 @triton.jit
@@ -109,7 +111,11 @@ def four(total, v0, v1, v2, v3, bits, x, plane, KIND: tl.constexpr):
 
 
 def linear(
-    tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, x: Tensor, programs: int = splits.PROGRAMS
+    tensors: tuple[Tensor, ...],
+    shape: tuple[int, int],
+    values: str,
+    x: Tensor,
+    programs: int = splits.PROGRAMS,
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), by ``programs`` for each token or few more."""
     masks, stored, starts, bases, scales = tensors
@@ -171,7 +177,9 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     inside = torch.arange(len(stored), device=numbers.device)
     chosen = filled[kept.view(rows, -1)]
     row_of = torch.repeat_interleave(torch.arange(rows, device=numbers.device), ends[:, -1])
-    stored[bases[row_of] * unit + inside[: len(chosen)] - (ends[:, -1].cumsum(0) - ends[:, -1])[row_of]] = chosen
+    stored[bases[row_of] * unit + inside[: len(chosen)] - (ends[:, -1].cumsum(0) - ends[:, -1])[row_of]] = (
+        chosen
+    )
     if unit > 1:
         stored = widen.biased(stored, values)
         stored = (stored if unit == 4 else stored[0::2] | stored[1::2] << 4).view(torch.int32)
@@ -182,7 +190,10 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
 
 def launches() -> list[Launch]:
     kinds = [(values, ROWS, LANES, WARPS) for values in ("bf16", "fp16", "int8", "int4:128")]
-    return [launch(*one) for one in [*kinds, ("bf16", 32, 32, 4), ("bf16", 8, 64, 4), ("bf16", 32, 64, 4), ("bf16", 32, 64, 8)]]
+    return [
+        launch(*one)
+        for one in [*kinds, ("bf16", 32, 32, 4), ("bf16", 8, 64, 4), ("bf16", 32, 64, 4), ("bf16", 32, 64, 8)]
+    ]
 
 
 def launch(values: str, rows: int, lanes: int, warps: int) -> Launch:

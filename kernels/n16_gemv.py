@@ -86,7 +86,9 @@ def n16_gemv(
     sums = tl.sum(total, 1)
     if KIND == "int8":
         sums *= tl.load(scales + rows).to(tl.float32)
-    tl.store(y + (split * tl.num_programs(0) + token) * out + rows, sums.to(y.dtype.element_ty), mask=rows < out)
+    tl.store(
+        y + (split * tl.num_programs(0) + token) * out + rows, sums.to(y.dtype.element_ty), mask=rows < out
+    )
 
 
 @triton.jit
@@ -100,7 +102,11 @@ def scale_of(scale, first, GROUP: tl.constexpr, HALF: tl.constexpr, ROWS: tl.con
 
 
 def linear(
-    tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, x: Tensor, programs: int = splits.PROGRAMS
+    tensors: tuple[Tensor, ...],
+    shape: tuple[int, int],
+    values: str,
+    x: Tensor,
+    programs: int = splits.PROGRAMS,
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), by ``programs`` for each token or few more."""
     words, places, scales = tensors
@@ -177,7 +183,7 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
 
 
 def kept_of(groups: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """(values, places uint8) of the ``kept`` first non-zeros of each row of (groups, 16); zeros at 0 where they are fewer."""
+    """(values, places uint8) of the first ``kept`` non-zeros of each of (groups, 16); zeros at 0 where they are fewer."""
     rank = torch.zeros(len(groups), dtype=torch.uint8, device=groups.device)
     values = torch.zeros(len(groups), kept, dtype=groups.dtype, device=groups.device)
     places = torch.zeros(len(groups), kept, dtype=torch.uint8, device=groups.device)

@@ -73,7 +73,9 @@ def nm_gemv(
     sums = tl.sum(total, 1)
     if KIND == "int8":
         sums *= tl.load(scales + rows).to(tl.float32)
-    tl.store(y + (split * tl.num_programs(0) + token) * out + rows, sums.to(y.dtype.element_ty), mask=rows < out)
+    tl.store(
+        y + (split * tl.num_programs(0) + token) * out + rows, sums.to(y.dtype.element_ty), mask=rows < out
+    )
 
 
 @triton.jit
@@ -101,7 +103,11 @@ def scale_of(scale, group, GROUP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.co
 
 
 def linear(
-    tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, x: Tensor, programs: int = splits.PROGRAMS
+    tensors: tuple[Tensor, ...],
+    shape: tuple[int, int],
+    values: str,
+    x: Tensor,
+    programs: int = splits.PROGRAMS,
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), by ``programs`` for each token or few more."""
     words, codes, scales = tensors

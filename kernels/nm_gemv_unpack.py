@@ -47,7 +47,9 @@ def nm_gemv_unpack(
         fours = spread(low, high, places, 4 * part, weight.dtype.element_ty)
         at = group * 4 + tl.arange(0, 4 * LANES)
         spot = weight + rows.to(tl.int64)[:, None] * columns + at[None, :]
-        tl.store(spot, tl.reshape(fours, (ROWS, 4 * LANES)), mask=(rows < out)[:, None] & (at < columns)[None, :])
+        tl.store(
+            spot, tl.reshape(fours, (ROWS, 4 * LANES)), mask=(rows < out)[:, None] & (at < columns)[None, :]
+        )
 
 
 @triton.jit
