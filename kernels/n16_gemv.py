@@ -183,7 +183,7 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
 
 
 def kept_of(groups: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """(values, places uint8) of the ``kept`` first non-zeros of each row of (groups, 16); zeros at 0 where they are fewer."""
+    """(values, places uint8) of the first ``kept`` non-zeros of each of (groups, 16); zeros at 0 where they are fewer."""
     rank = torch.zeros(len(groups), dtype=torch.uint8, device=groups.device)
     values = torch.zeros(len(groups), kept, dtype=groups.dtype, device=groups.device)
     places = torch.zeros(len(groups), kept, dtype=torch.uint8, device=groups.device)

@@ -25,14 +25,15 @@ def n16_gemv_unpack(
     """The int32 words of weight[row, 16 group + place] = value, each of them the or of those that fall into it."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     share: tl.constexpr = 4 if KIND == "int4" else 2 if KIND == "int8" else 1  # pairs in a word
-    both: tl.constexpr = 1 if DTYPE == tl.float32 else 2  # weights in a word
+    both: tl.constexpr = 1 if tl.float32 == DTYPE else 2  # weights in a word
     slots = tl.arange(0, 16 // both)[None, None, :]
     scale = scales + row * scale_columns
     place = places + row * (groups * HALF)
     word = words + row * (groups * HALF // share)
     spot = weight + row[:, :, None] * (columns // both) + slots
-    for step in range(STEPS):
-        group = (tl.program_id(1) * STEPS + step) * GROUPS + tl.arange(0, GROUPS)[None, :]
+    begin = tl.program_id(1) * (STEPS * GROUPS)
+    for step in range(begin, min(begin + STEPS * GROUPS, columns // 16), GROUPS):
+        group = step + tl.arange(0, GROUPS)[None, :]
         mask = (group < groups) & (row < out)
         dense = tl.zeros((ROWS, GROUPS, 16 // both), dtype=tl.int32)
         for number in tl.static_range(HALF):
@@ -65,7 +66,7 @@ def n16_gemv_unpack(
 
 @triton.jit
 def bits(value, DTYPE: tl.constexpr):
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         return value.to(tl.int32, bitcast=True)
     else:
         return value.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -85,10 +86,10 @@ def unpack(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, out
     words, places, scales = tensors
     _, groups, half = places.shape
     raw = values in ("bf16", "fp16") and out.dtype == widen.float_of(values)
-    n16_gemv_unpack[(-(-shape[0] // ROWS), -(-groups // (GROUPS * STEPS)))](
+    n16_gemv_unpack[(-(-shape[0] // ROWS), -(-shape[1] // (16 * GROUPS * STEPS)))](
         words, places, scales, out.view(torch.int32), *shape, groups, scales.shape[1],
-        **constants(values, half, lanes_of(groups * half)), ROWS=ROWS, GROUPS=GROUPS, STEPS=STEPS, DTYPE=TYPES[out.dtype], RAW=raw,
-        num_warps=WARPS, num_stages=1, enable_fp_fusion=True,
+        **constants(values, half, lanes_of(groups * half)), ROWS=ROWS, GROUPS=GROUPS, STEPS=STEPS,
+        DTYPE=TYPES[out.dtype], RAW=raw, num_warps=WARPS, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

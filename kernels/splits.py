@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmsparse.kernels.launch import Launch
+
 PROGRAMS = 528  # four of 128 threads on each of an H100's 132 multiprocessors; not measured on a GPU yet
 ROWS = 256
 
@@ -44,3 +46,8 @@ def add(sums: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(sums.shape[1:], dtype=dtype, device=sums.device)
     add_kernel[(-(-y.numel() // ROWS),)](sums, y, y.numel(), len(sums), ROWS=ROWS, enable_fp_fusion=True)
     return y
+
+
+def launches() -> list[Launch]:
+    signature = {"sums": "*fp32", "y": "*bf16", "size": "i32", "splits": "i32"}
+    return [Launch("bf16", add_kernel, signature, {"ROWS": ROWS}, 4, aligned=("sums", "y"))]
