@@ -49,6 +49,12 @@ class Joint:
         self.codes[self._first + column] = codes
         return codes.mul_(scale)
 
+    def given(self, columns: slice) -> tuple[Tensor, Tensor, int, int]:
+        """The scale (out,) that ``columns`` share, their codes (columns, out) to be filled, smallest and largest code."""
+        first = self._first + columns.start
+        codes = self.codes[first : self._first + columns.stop]
+        return self.scales[first // self.width].contiguous(), codes, *self.grid.range
+
     def solution(self, mask: Tensor, dtype: torch.dtype, notes: dict[str, Any]) -> Solution:
         """What the sweep found, the weight in ``dtype``; ``mask`` (out, in)."""
         codes, scales = self.codes.T.contiguous(), self.scales.T.contiguous()

@@ -1,9 +1,11 @@
 """SparseGPT: optimal brain surgeon, column by column (Frantar & Alistarh, arXiv 2301.00774)."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +13,16 @@ from torch import Tensor
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.joint import Joint
-from llmsparse.pattern import Existing, Pattern, Unstructured, keep_largest
+from llmsparse.pattern import NM, Existing, Pattern, Unstructured, keep_largest
 from llmsparse.solution import Solution
 from llmsparse.statistics import Gram
 
 INNER = 32  # columns swept one by one before their errors reach the rest of the chunk as a matrix product
+LAUNCHED = ("cuda",)  # devices on which a kernel sweeps many columns at once
+WIDEST = 128  # group of n:m that the kernel holds
+LOG = logging.getLogger("llmsparse")
+
+Kernel = Callable[..., None]  # of columns, kept, upper, errors and Joint.given, as obs_sweep has them
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,12 @@ class SparseGPT:
         unit = math.lcm(pattern.width or 1, (grid.group or 1) if grid else 1)
         step = max(self.chunk // unit, 1) * unit
         budgets = _budgets(pattern, columns, upper, step)
+        kernel = _kernel(columns, pattern if known is None else None, grid)
         for start in range(0, len(columns), step):
             end = min(start + step, len(columns))
             choose = _chooser(pattern, budgets, start // step, None if known is None else known[:, start:end])
-            chunk = _Chunk(columns[start:end], kept[start:end], upper[start:end, start:end], choose, unit)
+            part = upper[start:end, start:end]
+            chunk = _Chunk(columns[start:end], kept[start:end], part, choose, unit, kernel)
             errors = chunk.sweep(pattern.width if known is None else None, joint and joint.begin(start))
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         mask, notes = kept.T.contiguous(), {"damping": damping}
@@ -115,6 +124,61 @@ def _chooser(pattern: Pattern, budgets, chunk: int, known: Tensor | None):  # no
     return choose
 
 
+def _kernel(columns: Tensor, pattern: Pattern | None, grid: Grid | None) -> Kernel | None:
+    """What sweeps ``columns`` in one launch; ``None``, and a line in the log, where that is left to the plain loop.
+
+    ``pattern`` is ``None`` where the mask is known.
+    """
+    if columns.device.type not in LAUNCHED:
+        return None
+    reason = _not_launched(columns.dtype, pattern, grid) or _does_not_run(columns.device)
+    if reason:
+        _say(f"sparsegpt sweeps column by column, slower than its GPU kernel: {reason}")
+        return None
+    from llmsparse.kernels import obs_sweep
+
+    nm = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
+
+    def sweep(columns: Tensor, kept: Tensor, upper: Tensor, errors: Tensor, given: Any) -> None:
+        obs_sweep.sweep(columns, kept, upper, errors, nm, given and obs_sweep.Rounding(*given))
+
+    return sweep
+
+
+def _not_launched(dtype: torch.dtype, pattern: Pattern | None, grid: Grid | None) -> str:
+    """Why the kernel is not made for this; empty where it is."""
+    if dtype != torch.float32:
+        return f"the kernel computes in float32, not in {dtype}"
+    if pattern is None or pattern.width is None:
+        return ""
+    if type(pattern) is not NM or pattern.m > WIDEST:
+        return f"the kernel chooses n:m masks with m up to {WIDEST}, not {pattern}"
+    if grid is not None and (grid.group or 0) % pattern.m:
+        return f"groups of {pattern} cross those of {grid}"
+    return ""
+
+
+@cache
+def _does_not_run(device: torch.device) -> str:
+    """Why the kernel cannot run on ``device``, found by a first launch; empty where it can."""
+    try:
+        from llmsparse.kernels import obs_sweep
+
+        one = torch.ones(16, 16, device=device)
+        obs_sweep.sweep(one, one > 0, one, one.clone())
+    except (
+        Exception
+    ) as error:  # no Triton, no C compiler, a GPU that it does not know: each fails in its own way
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    return ""
+
+
+@cache
+def _say(line: str) -> None:
+    """Log ``line``, once in this process."""
+    LOG.warning(line)
+
+
 class _Chunk(NamedTuple):
     """Columns swept together: views that ``sweep`` fills and updates."""
 
@@ -123,6 +187,7 @@ class _Chunk(NamedTuple):
     upper: Tensor  # (chunk, chunk)
     choose: Callable[[Tensor], Tensor]
     unit: int  # inner blocks begin at its multiples
+    kernel: Kernel | None = None
 
     def sweep(self, width: int | None, joint: Joint | None) -> Tensor:
         """Choose, prune and round column by column; returns the errors (chunk, out)."""
@@ -131,9 +196,13 @@ class _Chunk(NamedTuple):
         if width is None:
             kept.copy_(self._mask(slice(None)))
         inner = max(INNER // self.unit, 1) * self.unit
+        if self.kernel:  # scales are fitted between launches
+            inner = joint.width if joint and joint.fitted else len(columns)
         for start in range(0, len(columns), inner):
             end = min(start + inner, len(columns))
-            if joint:
+            if self.kernel:
+                self._inner_kernel(slice(start, end), errors, width, joint)
+            elif joint:
                 self._inner_joint(range(start, end), errors, width, joint)
             else:
                 self._inner(range(start, end), errors, width)
@@ -177,6 +246,16 @@ class _Chunk(NamedTuple):
                 self.kept[group] = self._mask(group)
             error = torch.sub(row[j], joint.round(j, row[j], self.kept[j]), out=lost[j]).mul_(inverse[j])
             self.columns[j + 1 : block.stop].addr_(factor[j][j + 1 : block.stop], error, alpha=-1)
+
+    def _inner_kernel(self, block: slice, errors: Tensor, width: int | None, joint: Joint | None) -> None:
+        """The same with one launch for the columns of ``block``, whose scales are fitted first."""
+        assert self.kernel is not None
+        if joint and joint.starts_group(block.start):
+            joint.fit(
+                block.start, self.columns[block], self._ahead(block, width) if width else self.kept[block]
+            )
+        given = joint and joint.given(block)
+        self.kernel(self.columns[block], self.kept[block], self.upper[block, block], errors[block], given)
 
 
 solver = SparseGPT
