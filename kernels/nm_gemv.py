@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmsparse.kernels import splits, widen
+from llmsparse.kernels import splits, two_of_four, widen
 from llmsparse.kernels.launch import Launch
 
 MAX_TOKENS = 8
@@ -148,10 +148,7 @@ def constants(values: str, lanes: int) -> dict:
 def why_not(numbers: Tensor, values: str) -> str | None:
     if reason := widen.why_not(numbers, values):
         return reason
-    if numbers.shape[1] % 4:
-        return f"needs inputs divisible by 4, not {numbers.shape[1]}"
-    most = int((numbers.view(len(numbers), -1, 4) != 0).sum(2).max()) if numbers.numel() else 0
-    return f"holds at most 2 of every 4 inputs, not {most}" if most > 2 else None
+    return two_of_four.why_not(numbers)
 
 
 def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, ...]:
@@ -162,34 +159,17 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     rows, lanes, share = -(-out // PAD_ROWS) * PAD_ROWS, lanes_of(groups), share_of(values)
     filled = torch.zeros(rows, 4 * groups, dtype=numbers.dtype, device=numbers.device)
     filled[:out, :columns] = numbers
-    fours = filled.view(rows, groups, 4)
-    low, high = kept_places(fours)
-    places = (low | (high - 1) << 2).view(rows, -1, 8, lanes)
+    kept, of_four = two_of_four.compress(filled)
+    places = (of_four[..., 0] | (of_four[..., 1] - 1) << 2).view(rows, -1, 8, lanes)
     codes = torch.zeros(places[:, :, 0].shape, dtype=torch.int32, device=numbers.device)
     for part in range(8):
         codes |= places[:, :, part].to(torch.int32) << (4 * part)
-    kept = torch.stack([chosen(fours, low), chosen(fours, high)], 2)
     if share > 1:
         kept = widen.biased(kept, values).view(rows, -1, share, lanes, 2).transpose(2, 3).contiguous()
         kept = kept if share == 2 else kept[..., 0] | kept[..., 1] << 4
     scale_columns = -(-4 * groups // (widen.group_of(values) or 4 * groups))
     scales = widen.padded(scales, rows, scale_columns, numbers.device)
     return kept.view(rows, -1).view(torch.int32), codes.view(rows, -1), scales
-
-
-def kept_places(fours: Tensor) -> tuple[Tensor, Tensor]:
-    """The places of both stored weights of each group, rising; those of zeros where non-zeros are fewer."""
-    n0, n1, n2, n3 = (fours != 0).unbind(2)
-    zero = torch.zeros_like(n0, dtype=torch.uint8)
-    low = torch.where(n0, zero, torch.where(n1, zero + 1, torch.where(n2 | n3, zero + 2, zero)))
-    high = torch.where(n0 & n1, zero + 1, low + 1)
-    high = torch.where(n2 & (n0 | n1), zero + 2, high)
-    return low, torch.where(n3, zero + 3, high)
-
-
-def chosen(fours: Tensor, places: Tensor) -> Tensor:
-    w0, w1, w2, w3 = fours.unbind(2)
-    return torch.where(places > 1, torch.where(places > 2, w3, w2), torch.where(places > 0, w1, w0))
 
 
 def launches() -> list[Launch]:

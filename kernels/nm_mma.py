@@ -13,19 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmsparse.kernels import bytes_to_halves, two_of_four
+from llmsparse.kernels import bytes_to_halves, splits, two_of_four
 from llmsparse.kernels.bytes_to_halves import widen, widen_by_hand
-from llmsparse.kernels.launch import Launch, interprets, written
-from llmsparse.kernels.split_sum import split_sum
+from llmsparse.kernels.launch import Launch, interprets
 
 MAX_TOKENS = 32
 WARPS = 4
 ROWS = 16 * WARPS  # of a program
 PAIR = 64  # inputs of two steps, whose metadata share a word
-PROGRAMS = (
-    528  # to be launched at least, where there is work for them: four for each multiprocessor of an H100
-)
 UNROLL = 2  # pairs of steps in a turn of the loop: loads in flight
+TURN = 4  # pairs of steps that a program takes at least
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INPUTS = {
     "bf16": (torch.bfloat16,),
@@ -231,39 +228,29 @@ def pack_inputs(x, out, steps, words, tokens, TILE: tl.constexpr):
     tl.store(out + place, tl.load(x + token * words + pair, mask=inside, other=0))
 
 
-def linear(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor) -> Tensor:
-    """x (1 to 32 tokens, in) of the weight's dtype, contiguous -> (tokens, out)."""
-    return product(tensors, shape, values, x, _splits(len(tensors[1]), tensors[1].shape[1] * 2))
-
-
-def product(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor, splits: int) -> Tensor:
-    """``linear`` with the inputs split among so many programs."""
+def linear(
+    tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor, programs: int = splits.PROGRAMS
+) -> Tensor:
+    """x (1 to 32 tokens, in) of the weight's dtype, contiguous -> (tokens, out), by ``programs`` or few more."""
     (fragments, metadata), (rows, columns), tokens = tensors[:2], shape, len(x)
-    blocks, steps = len(metadata), metadata.shape[1] * 2
+    blocks, pairs = metadata.shape[:2]
     tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     packed = (
-        tiles > 1 or columns != steps * 32
+        tiles > 1 or columns != pairs * PAIR
     )  # a tile alone: reading what packing saves is cheaper than a launch
     inputs = x.view(torch.int32)
     if packed:
-        inputs = torch.empty(tiles * steps * 128, dtype=torch.int32, device=x.device)
-        pack_inputs[(tiles * steps,)](
-            x.view(torch.int32), inputs, steps, columns // 2, tokens, TILE=128, num_warps=1
+        inputs = torch.empty(tiles * pairs * 256, dtype=torch.int32, device=x.device)
+        pack_inputs[(tiles * pairs * 2,)](
+            x.view(torch.int32), inputs, pairs * 2, columns // 2, tokens, TILE=128, num_warps=1
         )
-    per = triton.cdiv(steps // 2, splits) * 2
-    parts = triton.cdiv(steps, per)
-    dtype = written(x.dtype) if parts == 1 else torch.float32
-    y = torch.empty(parts, tokens, rows, dtype=dtype, device=x.device)
+    parts, each = splits.shares(blocks, -(-pairs // TURN), programs)
+    y = torch.empty(parts, tokens, rows, dtype=splits.dtype_of(x, parts), device=x.device)
     kernel[(blocks, parts)](
-        fragments, metadata, tensors[-1], inputs, y, steps, columns // 2, tokens, rows, per,
+        fragments, metadata, tensors[-1], inputs, y, pairs * 2, columns // 2, tokens, rows, each * TURN * 2,
         **_constants(values, _name(x.dtype), tiles, packed), num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
-    return y[0].to(x.dtype) if parts == 1 else split_sum(y, x.dtype)
-
-
-def _splits(blocks: int, steps: int) -> int:
-    """Enough programs, none of fewer than eight steps."""
-    return max(min(PROGRAMS // blocks, steps // 8), 1)
+    return splits.add(y, x.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -312,13 +299,13 @@ def usable(device: torch.device, values: str, inputs: torch.dtype) -> str | None
             return "mma.sp is an instruction of NVIDIA GPUs"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "sparse tensor cores came with compute capability 8.0"
-    versions = [
-        (8, 252, 1),
-        (8, 252, 2),
-        *((tokens, 256, splits) for tokens in (8, 16, 32) for splits in (1, 2)),
-    ]
-    for tokens, columns, splits in versions:
-        error = _error(_tile(device, values, inputs, (tokens, columns)), values, splits)
+    columns = 2 * TURN * PAIR  # for one program or two
+    shapes = [
+        (8, columns - 4),
+        *((tokens, columns) for tokens in (8, 16, 32)),
+    ]  # (tokens, in): inputs packed or not
+    for shape, programs in ((shape, programs) for shape in shapes for programs in (1, 2)):
+        error = _error(_tile(device, values, inputs, shape), values, programs)
         if not error < 0.01:
             return f"its product of one tile is wrong by {error:.2g} of its norm"
     return None if interprets() else _compiled_as_agreed(device)
@@ -339,11 +326,11 @@ def _tile(
     return pack((weight / scales).round().clamp(-127, 127).to(torch.int8), values, scales), x
 
 
-def _error(tile: tuple[tuple[Tensor, ...], Tensor], values: str, splits: int) -> float:
+def _error(tile: tuple[tuple[Tensor, ...], Tensor], values: str, programs: int) -> float:
     """How far a product is off, as a share of its norm."""
     packed, x = tile
     wanted = reference(packed, (ROWS, x.shape[1]), values, x)
-    found = product(packed, (ROWS, x.shape[1]), values, x, splits)
+    found = linear(packed, (ROWS, x.shape[1]), values, x, programs)
     return float((found.double() - wanted).norm() / wanted.norm())
 
 

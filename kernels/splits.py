@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmsparse.kernels.launch import Launch
+from llmsparse.kernels.launch import Launch, written
 
 PROGRAMS = 528  # four of 128 threads on each of an H100's 132 multiprocessors; not measured on a GPU yet
 ROWS = 256
@@ -36,16 +36,16 @@ def add_kernel(sums, y, size, splits, ROWS: tl.constexpr):
 
 def dtype_of(x: Tensor, splits: int) -> torch.dtype:
     """What a program stores: the product where it has a row to itself, else its share in full."""
-    return x.dtype if splits == 1 else torch.float32
+    return written(x.dtype) if splits == 1 else torch.float32
 
 
 def add(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """(splits, tokens, out) -> (tokens, out)."""
     if len(sums) == 1:
-        return sums[0]
-    y = torch.empty(sums.shape[1:], dtype=dtype, device=sums.device)
+        return sums[0].to(dtype)
+    y = torch.empty(sums.shape[1:], dtype=written(dtype), device=sums.device)
     add_kernel[(-(-y.numel() // ROWS),)](sums, y, y.numel(), len(sums), ROWS=ROWS, enable_fp_fusion=True)
-    return y
+    return y.to(dtype)
 
 
 def launches() -> list[Launch]:

@@ -25,14 +25,19 @@ USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 def rows(kernel: str, targets: list[int], every: bool) -> Any:
     """Facts of each launch of llmsparse.kernels.<kernel> on each compute capability."""
-    launches = importlib.import_module(f"llmsparse.kernels.{kernel}").launches()
+    module = importlib.import_module(f"llmsparse.kernels.{kernel}")
+    launches, contract = module.launches(), getattr(module, "contract", lambda assembly: None)
     for launch in launches if every else launches[:1]:
         for target in targets:
-            yield {"kernel": kernel, "launch": launch.name, "target": target, **facts(launch, target)}
+            found = facts(launch, target, contract)
+            yield {"kernel": kernel, "launch": launch.name, "target": target, **found}
 
 
-def facts(launch: Any, target: int) -> dict[str, Any]:
-    """Registers, spills and shared memory; instructions of the largest loop, by kind and for each dense weight."""
+def facts(launch: Any, target: int, contract: Any) -> dict[str, Any]:
+    """Registers, spills and shared memory; instructions of the largest loop, by kind and for each dense weight.
+
+    ``broken``: why what was compiled is not what the kernel relies on.
+    """
     import triton
 
     compiled = compile_for(launch, target)
@@ -46,6 +51,7 @@ def facts(launch: Any, target: int) -> dict[str, Any]:
     lanes = len(body) * 32 * launch.warps
     return {
         "triton": triton.__version__,
+        "broken": contract(compiled.asm),
         "registers": registers,
         "spills": stack + local,
         "shared": max(shared, compiled.metadata.shared),

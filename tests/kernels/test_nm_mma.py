@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsparse.kernels import nm_mma, nm_mma_unpack, split_sum
+from llmsparse.kernels import nm_mma, nm_mma_unpack, splits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(64, 64), (65, 100), (1, 4), (70, 192)]
 CALLS = [
     ((1, 4), 1, 1),
-    ((65, 100), 7, 2),
+    ((65, 100), 7, 1),
     ((64, 64), 8, 1),
-    ((70, 192), 9, 3),
+    ((70, 708), 9, 3),
     ((64, 128), 17, 1),
-    ((65, 60), 32, 1),
+    ((65, 600), 32, 2),
 ]
 
 
@@ -61,15 +61,15 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("values", nm_mma.DTYPES)
-@pytest.mark.parametrize(("shape", "tokens", "splits"), CALLS)
+@pytest.mark.parametrize(("shape", "tokens", "programs"), CALLS)
 def test_the_product_is_as_exact_as_torch(
-    values: str, shape: tuple[int, int], tokens: int, splits: int, poisoned: None
+    values: str, shape: tuple[int, int], tokens: int, programs: int, poisoned: None
 ) -> None:
     dtype = nm_mma.DTYPES[values]
     weight, x = weight_of(shape, dtype), inputs_of(tokens, shape[1], dtype)
     packed = nm_mma.pack(weight.view(torch.int16), values)
     wanted = x.double() @ weight.double().T
-    found = nm_mma.product(packed, shape, values, x, splits)
+    found = nm_mma.linear(packed, shape, values, x, programs)
     assert found.dtype == dtype and found.shape == (tokens, shape[0])
     torchs = error((x.float() @ weight.float().T).to(dtype), wanted)
     assert error(found, wanted) <= 2 * torchs
@@ -77,15 +77,15 @@ def test_the_product_is_as_exact_as_torch(
 
 
 @pytest.mark.parametrize("dtype", nm_mma.INPUTS["int8"])
-@pytest.mark.parametrize(("shape", "tokens", "splits"), CALLS)
+@pytest.mark.parametrize(("shape", "tokens", "programs"), CALLS)
 def test_codes_are_widened_and_scaled(
-    dtype: torch.dtype, shape: tuple[int, int], tokens: int, splits: int, poisoned: None
+    dtype: torch.dtype, shape: tuple[int, int], tokens: int, programs: int, poisoned: None
 ) -> None:
     (numbers, scales), x = codes_of(shape), inputs_of(tokens, shape[1], dtype)
     packed = nm_mma.pack(numbers, "int8", scales)
     wanted = x.double() @ (numbers.double() * scales.double()).T
     torchs = error((x.float() @ (numbers.float() * scales.float()).T).to(dtype), wanted)
-    assert error(nm_mma.product(packed, shape, "int8", x, splits), wanted) <= 2 * torchs
+    assert error(nm_mma.linear(packed, shape, "int8", x, programs), wanted) <= 2 * torchs
     assert torch.equal(nm_mma.reference(packed, shape, "int8", x), wanted)
 
 
@@ -161,10 +161,10 @@ def test_inputs_that_do_not_exist_reach_no_token() -> None:
 
 
 def test_the_same_product_is_the_same_bit_for_bit() -> None:
-    shape = (64, 512)
+    shape = (64, 1100)
     packed = nm_mma.pack(weight_of(shape, torch.bfloat16).view(torch.int16), "bf16")
-    x = inputs_of(5, 512, torch.bfloat16)
-    first, second = (nm_mma.product(packed, shape, "bf16", x, 4) for _ in range(2))
+    x = inputs_of(5, 1100, torch.bfloat16)
+    first, second = (nm_mma.linear(packed, shape, "bf16", x, 4) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -172,8 +172,8 @@ def test_the_same_product_is_the_same_bit_for_bit() -> None:
     ("change", "values", "reason"),
     [
         (lambda w: w, "int4:32", "bf16, fp16 and int8"),
-        (lambda w: w[:, :62], "bf16", "no multiple of 4"),
-        (lambda w: torch.ones_like(w), "bf16", "more than 2 of 4"),
+        (lambda w: w[:, :62], "bf16", "divisible by 4"),
+        (lambda w: torch.ones_like(w), "bf16", "at most 2 of every 4"),
     ],
 )
 def test_other_weights_are_refused(change: Callable[[Tensor], Tensor], values: str, reason: str) -> None:
@@ -216,5 +216,5 @@ def test_a_layout_that_the_packing_does_not_rely_on_is_told() -> None:
 def test_partial_sums_are_added(shape: tuple[int, int, int], poisoned: None) -> None:
     parts = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        found, wanted = split_sum.split_sum(parts, dtype), split_sum.reference(parts, dtype)
+        found, wanted = splits.add(parts, dtype), splits.reference(parts, dtype)
         assert torch.allclose(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
