@@ -172,14 +172,14 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     ends = counts.cumsum(1)
     unit = unit_of(values)
     sizes = (ends[:, -1] + unit - 1) // unit
+    beyond = (
+        torch.arange(unit, device=numbers.device) < (sizes * unit - ends[:, -1])[:, None]
+    )  # to the next element
+    chosen = torch.cat([filled, torch.zeros_like(filled[:, :unit])], 1)[
+        torch.cat([kept.view(rows, -1), beyond], 1)
+    ]
+    stored = torch.cat([chosen, chosen.new_zeros(4 * unit)])  # four values are loaded where one may be left
     bases = sizes.cumsum(0) - sizes
-    stored = torch.zeros((int(sizes.sum()) + 4) * unit, dtype=numbers.dtype, device=numbers.device)
-    inside = torch.arange(len(stored), device=numbers.device)
-    chosen = filled[kept.view(rows, -1)]
-    row_of = torch.repeat_interleave(torch.arange(rows, device=numbers.device), ends[:, -1])
-    stored[bases[row_of] * unit + inside[: len(chosen)] - (ends[:, -1].cumsum(0) - ends[:, -1])[row_of]] = (
-        chosen
-    )
     if unit > 1:
         stored = widen.biased(stored, values)
         stored = (stored if unit == 4 else stored[0::2] | stored[1::2] << 4).view(torch.int32)

@@ -150,6 +150,23 @@ def test_a_token_does_not_depend_on_its_company_nor_a_call_on_the_last(kernel: s
     assert_close(y, x, weight.dense)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "expected"), [("nm_gemv", 1.125), ("n16_gemv", 1.25), ("bitmask_gemv", 1.1875)]
+)
+def test_bytes_of_a_weight(kernel: str, expected: float) -> None:
+    gemv, _ = modules(kernel)
+    shape = (128, 1024)
+    generator = torch.Generator().manual_seed(0)
+    kept = kept_of_groups(*shape, *((2, 4) if kernel == "nm_gemv" else (8, 16)), 1.0, generator)
+    for values, fewer in (("bf16", 0.0), ("int8", 0.5), ("int4:128", 0.75)):
+        weight = make(kept, values, generator)
+        size = (
+            sum(tensor.nbytes for tensor in gemv.pack(weight.numbers, values, weight.scales))
+            / weight.numbers.numel()
+        )
+        assert expected - fewer <= size <= expected - fewer + 0.03  # scales, and where rows begin
+
+
 @pytest.mark.parametrize("programs", [1, 3, 1000])
 @pytest.mark.parametrize("values", ["fp16", "int8", "int4:24"])
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -179,6 +196,21 @@ def test_empty_rows_and_weights_without_a_value(kernel: str, values: str) -> Non
         assert torch.equal(out[empty].view(torch.int16), torch.zeros_like(out[empty].view(torch.int16)))
 
 
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4:32"])
+def test_a_bitmask_may_be_full_and_long(values: str) -> None:
+    gemv, unpacking = modules("bitmask_gemv")
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 4100)
+    kept = torch.rand(shape, generator=generator) < 0.3
+    kept[1] = True
+    weight = make(kept, values, generator)
+    tensors = gemv.pack(weight.numbers, values, weight.scales)
+    x = activations(1, shape[1], torch.float32)
+    assert_close(gemv.linear(tensors, shape, values, x), x, weight.dense)
+    out = torch.empty(shape, dtype=torch.float32, device=DEVICE)
+    assert torch.equal(unpacking.unpack(tensors, shape, values, out), weight.dense.float())
+
+
 @pytest.mark.parametrize("kept", range(1, 9))
 def test_n16_takes_one_to_eight_of_sixteen(kept: int) -> None:
     gemv, unpacking = modules("n16_gemv")
@@ -201,6 +233,8 @@ def test_what_a_kernel_cannot_hold_is_said() -> None:
     assert n16.why_not(full, "bf16") == "holds at most 8 of every 16 inputs, not 16"
     assert nm.why_not(full[:, :6], "bf16") == "needs inputs divisible by 4, not 6"
     assert n16.why_not(full[:, :12], "bf16") == "needs inputs divisible by 16, not 12"
+    long = torch.zeros(1, 65537, dtype=torch.int8, device=DEVICE)
+    assert modules("bitmask_gemv")[0].why_not(long, "int8") == "holds at most 65536 inputs, not 65537"
     for kernel in KERNELS:
         gemv, _ = modules(kernel)
         zeros = torch.zeros(1, 16, dtype=torch.int8, device=DEVICE)
