@@ -62,8 +62,8 @@ def facts(launch: Any, target: int, contract: Any) -> dict[str, Any]:
     }
 
 
-def compile_for(launch: Any, target: int) -> Any:
-    """What Triton makes of ``launch`` for compute capability ``target``; no driver is needed."""
+def compile_for(launch: Any, target: int | str) -> Any:
+    """What Triton makes of ``launch`` for a compute capability, or an architecture of AMD's; no driver is needed."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,7 +76,8 @@ def compile_for(launch: Any, target: int) -> Any:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    vendor, lanes = ("hip", 64) if isinstance(target, str) else ("cuda", 32)
+    return triton.compile(source, target=GPUTarget(vendor, target, lanes), options=options)
 
 
 def tool(name: str, *arguments: str) -> str:

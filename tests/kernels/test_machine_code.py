@@ -86,7 +86,7 @@ def test_every_launch_compiles_without_spills(kernel: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kernel", EXPECTED)
+@pytest.mark.parametrize("kernel", [kernel for kernel in EXPECTED if not kernel.startswith("nm_mma")])
 def test_every_launch_compiles_for_amd(kernel: str) -> None:
     rows = compiled(kernel, script="amd_code.py")
     assert rows
