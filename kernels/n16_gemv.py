@@ -74,13 +74,11 @@ def n16_gemv(
                 low, high = widen.pair(stored, KIND)
             else:
                 low, high = widen.codes(stored, part % share, 16 // share)
-            if KIND == "int4" and GROUP % 16 == 0:
-                total += (low * a + high * b) * scale_of(scale, first, GROUP, HALF, ROWS, LANES)
+            if KIND == "int4":
+                skipped = first // HALF * 16 if LANES % HALF == 0 else 0
+                inputs = skipped + at_low, skipped + at_high
+                total += scaled(low * a, high * b, scale, first, inputs, GROUP, HALF, ROWS, LANES)
             else:
-                if KIND == "int4":
-                    skipped = first // HALF * 16 if LANES % HALF == 0 else 0
-                    low *= tl.load(scale + (skipped + at_low) // GROUP).to(tl.float32)
-                    high *= tl.load(scale + (skipped + at_high) // GROUP).to(tl.float32)
                 total += low * a
                 total += high * b
     sums = tl.sum(total, 1)
@@ -92,13 +90,22 @@ def n16_gemv(
 
 
 @triton.jit
-def scale_of(scale, first, GROUP: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The scales (ROWS, LANES) of pairs ``first``..., loaded once for those of a thread that share one."""
-    shared: tl.constexpr = GROUP // 16 * HALF
-    chunk: tl.constexpr = 4 if shared % 4 == 0 else 2 if shared % 2 == 0 else 1
-    chunks = first // chunk + tl.arange(0, LANES // chunk)
-    loaded = tl.load(scale + (chunks // (shared // chunk))[None, :]).to(tl.float32)
-    return tl.reshape(tl.broadcast_to(loaded[:, :, None], (ROWS, LANES // chunk, chunk)), (ROWS, LANES))
+def scaled(
+    low, high, scale, first, inputs,
+    GROUP: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """low + high, each times the scale of its group of ``inputs``; those of a thread that share one load it once."""
+    if GROUP % 16:  # a scale changes within 16 inputs
+        low *= tl.load(scale + inputs[0] // GROUP).to(tl.float32)
+        high *= tl.load(scale + inputs[1] // GROUP).to(tl.float32)
+        return low + high
+    else:
+        shared: tl.constexpr = GROUP // 16 * HALF  # pairs
+        chunk: tl.constexpr = 4 if shared % 4 == 0 else 2 if shared % 2 == 0 else 1
+        chunks = first // chunk + tl.arange(0, LANES // chunk)
+        loaded = tl.load(scale + (chunks // (shared // chunk))[None, :]).to(tl.float32)
+        wide = tl.broadcast_to(loaded[:, :, None], (ROWS, LANES // chunk, chunk))
+        return (low + high) * tl.reshape(wide, (ROWS, LANES))
 
 
 def linear(
