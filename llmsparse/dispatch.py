@@ -60,9 +60,11 @@ def lay_out(modules: list[SparseLinear]) -> None:
         kinds.setdefault(_signature(module), []).append(module)
     taken: dict[str, int] = {}
     for signature, members in kinds.items():
-        chosen = _choose(signature, members)
+        with gpu.on(members[0].place):
+            chosen = _choose(signature, members)
         for module in members:
-            layer = _layer(module, chosen)
+            with gpu.on(module.place):
+                layer = _layer(module, chosen)
             kind = layer.kernel or layer.prefill or "dense"
             taken[kind] = taken.get(kind, 0) + layer.bytes
             module.put(layer)

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
@@ -88,13 +89,14 @@ class Layer:
     def linear(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
         rows = x.reshape(-1, self.packed.shape[1]).contiguous()
-        if len(rows) == 0:
-            found = rows.new_empty(0, self.packed.shape[0])
-        elif rows.dtype != self.dtype:  # no layout is made for it
-            found = torch.nn.functional.linear(rows, self.dense(rows.dtype))
-        else:
-            way, algorithm = self.ways[next((b for b in BUCKETS if len(rows) <= b), BUCKETS[-1])]
-            found = self.by(way, rows, algorithm)
+        with on(rows.device):
+            if len(rows) == 0:
+                found = rows.new_empty(0, self.packed.shape[0])
+            elif rows.dtype != self.dtype:  # no layout is made for it
+                found = torch.nn.functional.linear(rows, self.dense(rows.dtype))
+            else:
+                way, algorithm = self.ways[next((b for b in BUCKETS if len(rows) <= b), BUCKETS[-1])]
+                found = self.by(way, rows, algorithm)
         return found.view(*x.shape[:-1], self.packed.shape[0])
 
     def by(self, way: str, rows: Tensor, algorithm: int = 0) -> Tensor:
@@ -129,7 +131,8 @@ class Layer:
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """gradient (..., out) times the weight: (..., in)."""
-        return gradient @ self.dense(gradient.dtype)
+        with on(gradient.device):
+            return gradient @ self.dense(gradient.dtype)
 
 
 def scratch(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
@@ -145,6 +148,11 @@ def scratch(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) ->
     if found is None or found.numel() < size:
         found = _scratch[device, dtype, stream] = torch.empty(size, dtype=dtype, device=device)
     return found[:size].view(shape)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """While ``device`` is the current one, on which Triton launches and graphs are captured."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def here(device: torch.device) -> bool:
