@@ -11,7 +11,7 @@ from llmsparse.kernels.launch import Launch
 
 # Columns that a program holds at once, and its warps. One warp waits at no barrier; wider groups of n:m need more
 # registers than it has. None of these spills on sm_80, 89, 90 and 120.
-TILES = ((16, 1), (32, 8), (128, 32))
+TILES = ((16, 1), (32, 4), (128, 32))
 ROWS = 16  # rows of the weight that a program sweeps: 256 programs for 4096
 WIDEST = TILES[-1][0]  # group of n:m
 EVEN = tl.constexpr(12582912.0)  # 1.5 * 2^23: numbers of its size have no fraction, ties go to even
@@ -63,9 +63,9 @@ def _largest(tile, diagonal, group, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _nearest(value, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
+def nearest(value, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
     """The code nearest to ``value`` / ``scale``, a float; 0 where the quotient is not finite."""
-    code = tl.div_rn(value, scale)
+    code = tl.div_rn(value, tl.where(scale == 0, float("inf"), scale))
     code = tl.where(tl.abs(code) < float("inf"), code, 0.0)
     return (tl.minimum(tl.maximum(code, LOW), HIGH) + EVEN) - EVEN
 
@@ -114,7 +114,7 @@ def _block(
             error = tl.sum(tl.where(here, tile, 0.0), 0)
             value = tl.sum(tl.where(here & keep, tile, 0.0), 0)
             if HIGH > 0:
-                value = _nearest(value, scale, LOW, HIGH) * scale
+                value = nearest(value, scale, LOW, HIGH) * scale
             error -= value
             error *= tl.sum(tl.where(inner == j, inverse, 0.0), 0)
             tile -= factor[:, None] * error[None, :]
@@ -164,7 +164,7 @@ def _sweep(
         tile, keep, inverse = _block(tile, keep, scales, row, size, count, N, M, LOW, HIGH)
         value = tl.where(keep, tile, 0.0)
         if HIGH > 0:
-            code = _nearest(value, scales[None, :], LOW, HIGH)
+            code = nearest(value, scales[None, :], LOW, HIGH)
             value = code * scales[None, :]
             tl.store(codes + begin + offsets, code.to(tl.int8), mask=inside)
         tl.store(columns + begin + offsets, tile, mask=inside)

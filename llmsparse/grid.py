@@ -58,6 +58,12 @@ class Grid:
         """The smallest and the largest code."""
         return (-127, 127) if self.bits == 8 else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
+    @property
+    def tried(self) -> tuple[float, ...]:
+        """The first scales of a fit, as largest weight over scale; int4's may be negative: -8 is the code farther out."""
+        signs = (1.0,) if self.bits == 8 else (1.0, -1.0)
+        return tuple(sign * step for step in STEPS[self.bits] for sign in signs)
+
     def groups(self, inputs: int) -> int:
         """Scales of a row of ``inputs`` weights."""
         return -(-inputs // self.group) if self.group else 1
@@ -66,15 +72,14 @@ class Grid:
         """Scales (out, groups) for ``weight`` (out, in): least squares over the weights that ``mask`` keeps.
 
         ``importance`` (in,) weighs the squared errors. Several first scales are tried for each group; each is fitted
-        to the codes that it gives, and the best is kept. int4 scales may be negative: -8 is the code farther out.
+        to the codes that it gives, and the best is kept.
         """
         kept = weight if mask is None else weight.where(mask, weight.new_zeros(()))
         grouped = self._grouped(kept)  # (out, groups, group)
         weighing = None if importance is None else self._grouped(importance[None].to(weight))
         extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        signs = (1.0,) if self.bits == 8 else (1.0, -1.0)
         best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
-        for step in (sign * step for step in STEPS[self.bits] for sign in signs):
+        for step in self.tried:
             scale = self._refined(grouped, _eight_bits(extreme / step), weighing)
             wrong = (grouped - self._codes(grouped, scale[..., None]) * scale[..., None]).square()
             error = (wrong if weighing is None else wrong * weighing).sum(-1)

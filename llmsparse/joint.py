@@ -1,5 +1,6 @@
 """Rounding to a grid inside a column sweep: SparseGPT's joint sparsification and quantisation (arXiv 2301.00774, 3.5)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,12 +36,20 @@ class Joint:
         """Whether a group whose scales are to be fitted begins at ``column``."""
         return self.fitted and column % self.width == 0
 
-    def fit(self, column: int, columns: Tensor, kept: Tensor) -> None:
-        """Fit the scales of the group that begins at ``column`` to its ``columns`` (group, out)."""
+    def fit(
+        self, column: int, columns: Tensor, kept: Tensor, launch: Callable[..., Tensor] | None = None
+    ) -> None:
+        """Fit the scales of the group that begins at ``column`` to its ``columns`` (group, out).
+
+        ``launch`` does the same as the grid's own fit in one launch, given what the grid tries and its range.
+        """
         first = self._first + column
         importance = self.importance[first : first + len(columns)]
-        fitted = self.grid.fit(columns.T.contiguous(), kept.T, importance)
-        self.scales[first // self.width] = fitted[:, 0]
+        if launch is not None:
+            fitted = launch(columns, kept, importance, (self.grid.tried, *self.grid.range))
+        else:
+            fitted = self.grid.fit(columns.T.contiguous(), kept.T, importance)[:, 0]
+        self.scales[first // self.width] = fitted
 
     def round(self, column: int, values: Tensor, kept: Tensor) -> Tensor:
         """The grid's nearest numbers to ``values`` (out,) where ``kept``, else zero; their codes are remembered."""

@@ -19,10 +19,15 @@ from llmsparse.statistics import Gram
 
 INNER = 32  # columns swept one by one before their errors reach the rest of the chunk as a matrix product
 LAUNCHED = ("cuda",)  # devices on which a kernel sweeps many columns at once
-WIDEST = 128  # group of n:m that the kernel holds
+WIDEST = 128  # group of n:m, or of a grid, that the kernels hold
 LOG = logging.getLogger("llmsparse")
 
-Kernel = Callable[..., None]  # of columns, kept, upper, errors and Joint.given, as obs_sweep has them
+
+class Kernels(NamedTuple):
+    """``sweep`` (columns, kept, upper, errors, Joint.given) for many columns, ``fit`` for Joint.fit: one launch each."""
+
+    sweep: Callable[..., None]
+    fit: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,12 @@ class SparseGPT:
         unit = math.lcm(pattern.width or 1, (grid.group or 1) if grid else 1)
         step = max(self.chunk // unit, 1) * unit
         budgets = _budgets(pattern, columns, upper, step)
-        kernel = _kernel(columns, pattern if known is None else None, grid)
+        kernels = _kernels(columns, pattern if known is None else None, grid)
         for start in range(0, len(columns), step):
             end = min(start + step, len(columns))
             choose = _chooser(pattern, budgets, start // step, None if known is None else known[:, start:end])
             part = upper[start:end, start:end]
-            chunk = _Chunk(columns[start:end], kept[start:end], part, choose, unit, kernel)
+            chunk = _Chunk(columns[start:end], kept[start:end], part, choose, unit, kernels)
             errors = chunk.sweep(pattern.width if known is None else None, joint and joint.begin(start))
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         mask, notes = kept.T.contiguous(), {"damping": damping}
@@ -124,8 +129,8 @@ def _chooser(pattern: Pattern, budgets, chunk: int, known: Tensor | None):  # no
     return choose
 
 
-def _kernel(columns: Tensor, pattern: Pattern | None, grid: Grid | None) -> Kernel | None:
-    """What sweeps ``columns`` in one launch; ``None``, and a line in the log, where that is left to the plain loop.
+def _kernels(columns: Tensor, pattern: Pattern | None, grid: Grid | None) -> Kernels | None:
+    """What sweeps ``columns`` in few launches; ``None``, and a line in the log, where that is left to the plain loop.
 
     ``pattern`` is ``None`` where the mask is known.
     """
@@ -135,20 +140,25 @@ def _kernel(columns: Tensor, pattern: Pattern | None, grid: Grid | None) -> Kern
     if reason:
         _say(f"sparsegpt sweeps column by column, slower than its GPU kernel: {reason}")
         return None
-    from llmsparse.kernels import obs_sweep
+    from llmsparse.kernels import grid_fit, obs_sweep
 
     nm = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
 
     def sweep(columns: Tensor, kept: Tensor, upper: Tensor, errors: Tensor, given: Any) -> None:
         obs_sweep.sweep(columns, kept, upper, errors, nm, given and obs_sweep.Rounding(*given))
 
-    return sweep
+    def fit(columns: Tensor, kept: Tensor, importance: Tensor, codes: Any) -> Tensor:
+        return grid_fit.fit(columns, kept, importance, grid_fit.Codes(*codes))
+
+    return Kernels(sweep, fit)
 
 
 def _not_launched(dtype: torch.dtype, pattern: Pattern | None, grid: Grid | None) -> str:
     """Why the kernel is not made for this; empty where it is."""
     if dtype != torch.float32:
         return f"the kernel computes in float32, not in {dtype}"
+    if grid is not None and (grid.group or 0) > WIDEST:
+        return f"the kernel fits groups of up to {WIDEST}, not {grid}"
     if pattern is None or pattern.width is None:
         return ""
     if type(pattern) is not NM or pattern.m > WIDEST:
@@ -164,12 +174,11 @@ def _does_not_run(device: torch.device) -> str:
     try:
         from llmsparse.kernels import obs_sweep
 
-        one = torch.ones(16, 16, device=device)
-        obs_sweep.sweep(one, one > 0, one, one.clone())
-    except (
-        Exception
-    ) as error:  # no Triton, no C compiler, a GPU that it does not know: each fails in its own way
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        one = torch.eye(16, device=device)
+        obs_sweep.sweep(one.clone(), one > 0, one, one.clone())
+    # no Triton, no C compiler, a GPU that Triton does not know: each fails in its own way
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or ['it says no more'])[0]}"
     return ""
 
 
@@ -187,7 +196,7 @@ class _Chunk(NamedTuple):
     upper: Tensor  # (chunk, chunk)
     choose: Callable[[Tensor], Tensor]
     unit: int  # inner blocks begin at its multiples
-    kernel: Kernel | None = None
+    kernels: Kernels | None = None
 
     def sweep(self, width: int | None, joint: Joint | None) -> Tensor:
         """Choose, prune and round column by column; returns the errors (chunk, out)."""
@@ -196,12 +205,12 @@ class _Chunk(NamedTuple):
         if width is None:
             kept.copy_(self._mask(slice(None)))
         inner = max(INNER // self.unit, 1) * self.unit
-        if self.kernel:  # scales are fitted between launches
+        if self.kernels:  # as many columns as share their scales, which are fitted between launches
             inner = joint.width if joint and joint.fitted else len(columns)
         for start in range(0, len(columns), inner):
             end = min(start + inner, len(columns))
-            if self.kernel:
-                self._inner_kernel(slice(start, end), errors, width, joint)
+            if self.kernels:
+                self._inner_launched(slice(start, end), errors, width, joint)
             elif joint:
                 self._inner_joint(range(start, end), errors, width, joint)
             else:
@@ -247,15 +256,14 @@ class _Chunk(NamedTuple):
             error = torch.sub(row[j], joint.round(j, row[j], self.kept[j]), out=lost[j]).mul_(inverse[j])
             self.columns[j + 1 : block.stop].addr_(factor[j][j + 1 : block.stop], error, alpha=-1)
 
-    def _inner_kernel(self, block: slice, errors: Tensor, width: int | None, joint: Joint | None) -> None:
-        """The same with one launch for the columns of ``block``, whose scales are fitted first."""
-        assert self.kernel is not None
+    def _inner_launched(self, block: slice, errors: Tensor, width: int | None, joint: Joint | None) -> None:
+        """The same with one launch for the columns of ``block``, and one for the fit of their scales before it."""
+        assert self.kernels is not None
+        columns, kept, upper = self.columns[block], self.kept[block], self.upper[block, block]
         if joint and joint.starts_group(block.start):
-            joint.fit(
-                block.start, self.columns[block], self._ahead(block, width) if width else self.kept[block]
-            )
-        given = joint and joint.given(block)
-        self.kernel(self.columns[block], self.kept[block], self.upper[block, block], errors[block], given)
+            ahead = self._ahead(block, width) if width else kept
+            joint.fit(block.start, columns, ahead, self.kernels.fit)
+        self.kernels.sweep(columns, kept, upper, errors[block], joint and joint.given(block))
 
 
 solver = SparseGPT
