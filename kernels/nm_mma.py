@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmsparse.kernels import bytes_to_halves, splits, two_of_four
+from llmsparse.kernels import bytes_to_halves, nm_mma_inputs, splits, two_of_four
 from llmsparse.kernels.bytes_to_halves import widen, widen_by_hand
 from llmsparse.kernels.launch import Launch, interprets
 
@@ -218,16 +218,6 @@ def _half(pair, which, BF16: tl.constexpr):
         return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit
-def pack_inputs(x, out, steps, words, tokens, TILE: tl.constexpr):
-    """Pairs of inputs (tokens, words) into the order of the lanes: int32 (tiles, steps, 32, 4), zero where none is."""
-    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    word, lane, step = place % 4, place // 4 % 32, place // 128 % steps
-    token, pair = place // (128 * steps) * 8 + lane // 4, step * 16 + lane % 4 + word * 4
-    inside = (token < tokens) & (pair < words)
-    tl.store(out + place, tl.load(x + token * words + pair, mask=inside, other=0))
-
-
 def linear(
     tensors: Sequence[Tensor], shape: tuple[int, int], values: str, x: Tensor, programs: int = splits.PROGRAMS
 ) -> Tensor:
@@ -238,12 +228,8 @@ def linear(
     packed = (
         tiles > 1 or columns != pairs * PAIR
     )  # a tile alone: reading what packing saves is cheaper than a launch
-    inputs = x.view(torch.int32)
-    if packed:
-        inputs = torch.empty(tiles * pairs * 256, dtype=torch.int32, device=x.device)
-        pack_inputs[(tiles * pairs * 2,)](
-            x.view(torch.int32), inputs, pairs * 2, columns // 2, tokens, TILE=128, num_warps=1
-        )
+    words = x.view(torch.int32)
+    inputs = nm_mma_inputs.in_order_of_lanes(words, tiles, pairs * 2) if packed else words
     parts, each = splits.shares(blocks, -(-pairs // TURN), programs)
     y = torch.empty(parts, tokens, rows, dtype=splits.dtype_of(x, parts), device=x.device)
     kernel[(blocks, parts)](

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsparse.kernels import nm_mma, nm_mma_unpack, splits
+from llmsparse.kernels import nm_mma, nm_mma_inputs, nm_mma_unpack, splits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(64, 64), (65, 100), (1, 4), (70, 192)]
@@ -158,6 +158,14 @@ def test_inputs_that_do_not_exist_reach_no_token() -> None:
     found = nm_mma.linear(packed, shape, "bf16", memory[:3])
     assert torch.equal(found, nm_mma.linear(packed, shape, "bf16", memory[:3].clone()))
     assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize(("tokens", "columns", "tiles"), [(1, 64, 1), (9, 100, 2), (32, 1088, 4)])
+def test_inputs_are_put_in_the_order_of_lanes(tokens: int, columns: int, tiles: int, poisoned: None) -> None:
+    words, steps = inputs_of(tokens, columns, torch.bfloat16).view(torch.int32), -(-columns // 64) * 2
+    wanted = nm_mma_inputs.reference(words, tiles, steps)
+    found = nm_mma_inputs.in_order_of_lanes(words, tiles, steps)
+    assert torch.equal(found[: len(wanted)], wanted)
 
 
 def test_the_same_product_is_the_same_bit_for_bit() -> None:
