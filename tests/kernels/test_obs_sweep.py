@@ -106,7 +106,7 @@ def whole(columns: int, nm: tuple[int, int] | None) -> int:
 @every_kind
 @every_bits
 def test_exact_numbers_are_equal(nm: tuple[int, int] | None, bits: int) -> None:
-    check_exact(exact(whole(56, nm), 7), nm, bits)
+    check_exact(exact(whole(40, nm), 7), nm, bits)
 
 
 @pytest.mark.parametrize(("nm", "bits"), [(None, 8), ((2, 4), 0)], ids=str)
@@ -124,10 +124,10 @@ def check_exact(case: Case, nm: tuple[int, int] | None, bits: int) -> None:
     assert torch.equal(mine.errors.double(), theirs.errors)
 
 
-@every_kind
+@pytest.mark.parametrize("nm", [None, (2, 4), (8, 16)], ids=str)
 @every_bits
 def test_random_numbers_agree(nm: tuple[int, int] | None, bits: int) -> None:
-    case = real(whole(56, nm), 7)
+    case = real(48, 7)
     mine, theirs = case.sweep(nm, bits), case.plain(nm, bits)
     assert torch.equal(mine.kept, theirs.kept) and torch.equal(mine.codes, theirs.codes)
     for ours, exactly in ((mine.columns, theirs.columns), (mine.errors, theirs.errors)):
@@ -156,12 +156,12 @@ def test_short_chunks_and_tails_are_swept(count: int) -> None:
             assert torch.equal(case.sweep(nm, 0).errors.double(), case.plain(nm, 0).errors)
 
 
-@pytest.mark.parametrize("value", [0.5, -0.5, 0.0, -0.0])
-@pytest.mark.parametrize("nm", [(2, 4), (3, 6), (8, 16), (5, 36)], ids=str)
+@pytest.mark.parametrize("value", [-0.5, -0.0])
+@pytest.mark.parametrize("nm", [(2, 4), (3, 6), (5, 36)], ids=str)
 def test_ties_keep_the_lowest_index(nm: tuple[int, int], value: float) -> None:
-    case = exact(144, 5)._replace(columns=torch.full((144, 5), value), upper=torch.eye(144))
-    first = torch.arange(144).remainder(nm[1]) < nm[0]
-    assert torch.equal(case.sweep(nm, 0).kept, first[:, None].expand(144, 5))
+    case = exact(72, 5)._replace(columns=torch.full((72, 5), value), upper=torch.eye(72))
+    first = torch.arange(72).remainder(nm[1]) < nm[0]
+    assert torch.equal(case.sweep(nm, 0).kept, first[:, None].expand(72, 5))
 
 
 def test_halves_are_rounded_to_even_and_codes_end_at_the_range() -> None:
