@@ -24,6 +24,9 @@ class Pattern(Protocol):
     def allows(self, mask: Tensor) -> bool: ...
 
 
+FEW = 32  # rows that leave a GPU's multiprocessors idle
+
+
 def keep_largest(score: Tensor, kept: int) -> Tensor:
     """Mask of exactly ``kept`` largest entries of each row of ``score`` (rows, n), ties by lowest index."""
     rows, count = score.shape
@@ -46,6 +49,8 @@ def _kth_smallest(score: Tensor, k: int) -> Tensor:
         return torch.from_numpy(
             np.partition(score.detach().numpy(), k - 1)[:, k - 1 : k]
         )  # ten times faster there
+    if score.device.type == "cuda" and len(score) < FEW:
+        return score.sort(dim=1).values[:, k - 1 : k]  # kthvalue gives a row to one multiprocessor
     return score.kthvalue(k, dim=1, keepdim=True).values
 
 
