@@ -9,6 +9,7 @@ from llmsparse.kernels import splits, widen
 from llmsparse.kernels.launch import Launch
 
 MAX_TOKENS = 8
+PANEL = 256  # rows that are packed together
 ROWS, LANES, WARPS = 16, 64, 4
 PAD_ROWS, PAD_WORDS = 32, 8  # what tiles divide: zeros fill a weight up to them, and no loop needs a mask
 MOST = 65536  # inputs: a word's first value is counted from its row's in 16 bits
@@ -172,13 +173,11 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     ends = counts.cumsum(1)
     unit = unit_of(values)
     sizes = (ends[:, -1] + unit - 1) // unit
-    beyond = (
-        torch.arange(unit, device=numbers.device) < (sizes * unit - ends[:, -1])[:, None]
-    )  # to the next element
-    chosen = torch.cat([filled, torch.zeros_like(filled[:, :unit])], 1)[
-        torch.cat([kept.view(rows, -1), beyond], 1)
-    ]
-    stored = torch.cat([chosen, chosen.new_zeros(4 * unit)])  # four values are loaded where one may be left
+    missing = sizes * unit - ends[:, -1]  # to the next element
+    # rows in panels: an index of every value would take eight times its memory
+    panels = [slice(row, row + PANEL) for row in range(0, rows, PANEL)]
+    parts = [_values(filled[panel], kept.view(rows, -1)[panel], missing[panel], unit) for panel in panels]
+    stored = torch.cat([*parts, filled.new_zeros(4 * unit)])  # four values are loaded where one may be left
     bases = sizes.cumsum(0) - sizes
     if unit > 1:
         stored = widen.biased(stored, values)
@@ -186,6 +185,12 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     starts = (ends - counts).to(torch.int16)
     scale_columns = -(-32 * words // (widen.group_of(values) or 32 * words))
     return masks, stored, starts, bases, widen.padded(scales, rows, scale_columns, numbers.device)
+
+
+def _values(filled: Tensor, kept: Tensor, missing: Tensor, unit: int) -> Tensor:
+    """The kept numbers row by row, each row filled up with ``missing`` zeros."""
+    beyond = torch.arange(unit, device=filled.device) < missing[:, None]
+    return torch.cat([filled, torch.zeros_like(filled[:, :unit])], 1)[torch.cat([kept, beyond], 1)]
 
 
 def launches() -> list[Launch]:

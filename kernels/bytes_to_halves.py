@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-CONSTRAINTS = ",".join(["=r"] * 8 + ["r"] * 4)
+CONSTRAINTS = ",".join(["=&r"] * 8 + ["r"] * 4)  # written before the last word is read
 
 
 def instructions(values: str) -> str:

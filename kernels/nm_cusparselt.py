@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmsparse.kernels import two_of_four
+from llmsparse.kernels import trial, two_of_four
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INPUTS = {values: (dtype,) for values, dtype in DTYPES.items()}  # of values
@@ -26,7 +26,11 @@ def usable(device: torch.device, values: str, inputs: torch.dtype) -> str | None
     """Why it does not run on ``device``."""
     if device.type != "cuda" or not torch.backends.cusparselt.is_available():
         return "this torch has no cuSPARSELt here"
-    return None
+    numbers, _, dense = trial.weight(values, (64, 64), device)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(device, inputs)
+    wanted = x.double() @ dense.T
+    error = float((product(pack(numbers, values), x, 0).double() - wanted).norm() / wanted.norm())
+    return None if error < trial.ALLOWED else f"its product is wrong by {error:.2g} of its norm"
 
 
 def pack(numbers: Tensor, values: str, scales: Tensor | None = None) -> tuple[Tensor]:

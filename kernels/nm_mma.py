@@ -6,6 +6,7 @@ a weight, come for two tiles at once, are widened in registers, and meet their r
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmsparse.kernels import bytes_to_halves, nm_mma_inputs, splits, two_of_four
+from llmsparse.kernels import bytes_to_halves, nm_mma_inputs, splits, trial, two_of_four
 from llmsparse.kernels.bytes_to_halves import widen, widen_by_hand
 from llmsparse.kernels.launch import Launch, interprets
 
@@ -285,45 +286,23 @@ def usable(device: torch.device, values: str, inputs: torch.dtype) -> str | None
             return "mma.sp is an instruction of NVIDIA GPUs"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "sparse tensor cores came with compute capability 8.0"
-    columns = 2 * TURN * PAIR  # for one program or two
+    wide = 2 * TURN * PAIR  # for one program or two
     shapes = [
-        (8, columns - 4),
-        *((tokens, columns) for tokens in (8, 16, 32)),
-    ]  # (tokens, in): inputs packed or not
-    for shape, programs in ((shape, programs) for shape in shapes for programs in (1, 2)):
-        error = _error(_tile(device, values, inputs, shape), values, programs)
-        if not error < 0.01:
-            return f"its product of one tile is wrong by {error:.2g} of its norm"
+        (8, wide - 4),
+        *((tokens, wide) for tokens in (8, 16, 32)),
+    ]  # inputs as they are, or put in order
+    calls = [trial.Call(tokens, ROWS, columns, parts) for tokens, columns in shapes for parts in (1, 2)]
+    if (reason := trial.wrong(sys.modules[__name__], None, device, (values, inputs), calls)) is not None:
+        return reason
     return None if interprets() else _compiled_as_agreed(device)
-
-
-def _tile(
-    device: torch.device, values: str, inputs: torch.dtype, shape: tuple[int, int]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A random tile of rows, packed, and random inputs of ``shape``."""
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(ROWS, shape[1], generator=random)
-    lost = weight.view(ROWS, -1, 4).abs().argsort(2).argsort(2) < 2
-    weight = weight.masked_fill(lost.view(weight.shape), 0.0).to(device)
-    x = torch.randn(shape, generator=random).to(device, inputs)
-    if values in DTYPES:
-        return pack(weight.to(DTYPES[values]).view(torch.int16), values), x
-    scales = torch.full((ROWS, 1), 2.0**-5, dtype=torch.bfloat16, device=device)
-    return pack((weight / scales).round().clamp(-127, 127).to(torch.int8), values, scales), x
-
-
-def _error(tile: tuple[tuple[Tensor, ...], Tensor], values: str, programs: int) -> float:
-    """How far a product is off, as a share of its norm."""
-    packed, x = tile
-    wanted = reference(packed, (ROWS, x.shape[1]), values, x)
-    found = linear(packed, (ROWS, x.shape[1]), values, x, programs)
-    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 def _compiled_as_agreed(device: torch.device) -> str | None:
     """The contract, read in every version of the kernel that was compiled for ``device``."""
     index = torch.cuda.current_device() if device.index is None else device.index
     cache = kernel.device_caches[index][0]
+    if not cache:
+        return "what Triton compiled cannot be read"
     return next((why for compiled in cache.values() if (why := contract(compiled.asm))), None)
 
 

@@ -31,7 +31,9 @@ def in_order_of_lanes(words: Tensor, tiles: int, steps: int) -> Tensor:
     """words int32 (tokens, in / 2), two inputs each -> int32 (tiles, steps, 32, 4), flat, filled up."""
     programs = triton.cdiv(tiles * steps * 128, TILE)
     out = torch.empty(programs * TILE, dtype=torch.int32, device=words.device)
-    kernel[(programs,)](words, out, steps, words.shape[1], len(words), TILE=TILE, num_warps=4)
+    kernel[(programs,)](
+        words, out, steps, words.shape[1], len(words), TILE=TILE, num_warps=4, enable_fp_fusion=True
+    )
     return out
 
 

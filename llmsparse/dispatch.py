@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmsparse import gpu
+from llmsparse import __version__, gpu
 from llmsparse.atomic import write_whole
 from llmsparse.errors import UserError, first_line
 from llmsparse.gguf_checkpoint import cache_folder
 from llmsparse.gpu import BUCKETS, CUSPARSELT, Layer
+from llmsparse.packed import Packed
 from llmsparse.sparse_linear import SparseLinear
 
 PRODUCTS = "LLMSPARSE_PRODUCTS"
@@ -27,8 +28,10 @@ STORAGES = {
     "prefill": "what multiplies prompts fastest alone: cuSPARSELt's layout of 2:4 weights, others dense",
     "both": "the kernels' layout for few tokens, and what multiplies prompts fastest beside it",
 }
-COPIES = 3  # weights of a kind that are timed in turn, so that they come from memory and not from cache
+LONG = (512, 1024, 4096)  # tokens by which products are judged that are for prompts alone
+COPIES = 64  # weights of a kind that are timed in turn at the most
 ROUNDS, CALLS = 5, 4
+WARM = 0.02  # seconds until a GPU's clock has risen
 EVEN = 1.05  # a kernel that comes earlier in the list is kept unless another is faster by more
 LOG = logging.getLogger("llmsparse")
 
@@ -87,7 +90,7 @@ def _signature(module: SparseLinear) -> str:
     facts = (
         _storage(), packed.layout, packed.pattern or "any pattern", packed.values, f"{rows}x{columns}",
         f"{round(zeros * 20) * 5}% zeros", str(dtype).removeprefix("torch."), name, f"torch {torch.__version__}",
-        f"triton {_triton()}",
+        f"triton {_triton()}", f"llmsparse {__version__}",
     )  # fmt: skip
     return ", ".join(facts)
 
@@ -101,12 +104,16 @@ def _triton() -> str:
 
 
 class Choice(NamedTuple):
-    """What one kind of layer takes: ``Layer`` has the fields; ``why`` is for the log."""
+    """What one kind of layer takes: ``Layer`` has the fields; ``why`` is for the log.
+
+    ``complete``: nothing failed while it was found, so that it may be remembered.
+    """
 
     kernel: str | None
     prefill: str | None
     ways: dict[int, tuple[str, int]] = {}
     why: str = ""
+    complete: bool = True
 
 
 def _choose(signature: str, members: list[SparseLinear]) -> Choice:
@@ -121,15 +128,37 @@ def _choose(signature: str, members: list[SparseLinear]) -> Choice:
         return _untimed(members[0])
     file = cache_folder() / "gpu_products.json"
     known = _read(file)
-    if signature not in known:
-        known = {**_read(file), signature: _measured((members * COPIES)[:COPIES])}
-        with suppress(OSError):  # a home that cannot be written to: timed again the next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({k: choice._asdict() for k, choice in known.items()}, indent=1))
-    chosen = known[signature]
+    chosen = known.get(signature)
+    packed, numbers, _ = members[0].weight_for_kernels()
+    if chosen is None or _refusals(packed, numbers, members[0].dtype, chosen):
+        chosen = _timed(members)
+        if chosen.complete:
+            known = {**_read(file), signature: chosen}
+            with suppress(OSError):  # a home that cannot be written to: timed again the next time
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, json.dumps({k: _stored(choice) for k, choice in known.items()}, indent=1))
     say = LOG.info if chosen.kernel or chosen.prefill == CUSPARSELT else LOG.warning
     say("%s: %s", signature, chosen.why)
     return chosen
+
+
+def _timed(members: list[SparseLinear]) -> Choice:
+    """``_measured``, or, where not even the dense product could be timed, ``_untimed``."""
+    here = [member for member in members if member.place == members[0].place]
+    copies = _copies(here[0])
+    try:
+        return _measured((here * copies)[:copies])
+    except Exception as error:  # no memory for so many, a graph that another thread spoils...
+        LOG.warning("%s is not timed: %s: %s", here[0].path, type(error).__name__, first_line(error))
+        return _untimed(here[0])._replace(complete=False)
+
+
+def _copies(module: SparseLinear) -> int:
+    """How many weights exceed twice the L2 cache, so that they come from memory as they do in a decoder."""
+    if module.place.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(module.place).L2_cache_size
+    return max(1, min(COPIES, -(-2 * cache // module.packed.bytes)))
 
 
 def _dense(why: str) -> Choice:
@@ -173,49 +202,70 @@ def _untimed(module: SparseLinear) -> Choice:
 
 
 def _measured(modules: list[SparseLinear]) -> Choice:
-    """The kernel that is fastest with one token, or dense where that is faster still; then the way of each bucket."""
+    """The fastest kernel, with one token or with long inputs, or dense where that is faster; then each bucket's way."""
     names, refused = _held(modules[0])
-    alone = {}
+    judged = LONG if _storage() == "prefill" else (1,)
+    alone, complete = {}, True
     for name in names:
         choice, way = _alone(name)
         try:
-            alone[name] = _seconds([_layer(module, choice) for module in modules], way, 1)
+            layers = [_layer(module, choice) for module in modules]
+            alone[name] = sum(
+                _seconds(layers, way, tokens, _algorithm(layers[0], tokens)) for tokens in judged
+            )
         except Exception as error:  # whatever a compiler or a driver raises: the next kernel takes over
             LOG.warning("%s is not used: %s: %s", name, type(error).__name__, first_line(error))
-    dense = _seconds([_layer(module, _dense("")) for module in modules], "prefill", 1)
+            complete = False
+    plain = [_layer(module, _dense("")) for module in modules]
+    dense = sum(_seconds(plain, "prefill", tokens) for tokens in judged)
     told = ", ".join(f"{name} {1e6 * took:.1f} µs" for name, took in {**alone, "dense": dense}.items())
     fastest = min(alone.values(), default=float("inf"))
-    if not alone or (dense < fastest and _storage() != "prefill"):
-        return _dense(f"stays dense ({told}; {refused})")
+    if dense < fastest:
+        return _dense(f"stays dense ({told}{'; ' * bool(refused)}{refused})")._replace(complete=complete)
     best = next(name for name in alone if alone[name] <= EVEN * fastest)
     choice, _ = _alone(best)
     choice = choice._replace(prefill=choice.prefill or _prefill(modules[0]))
-    ways = _ways([_layer(module, choice) for module in modules])
+    ways, all_timed = _ways([_layer(module, choice) for module in modules])
     uses = ", ".join(f"{tokens}: {way}" for tokens, (way, _) in ways.items())
-    return choice._replace(ways=ways, why=f"{told}; by tokens: {uses}")
+    return Choice(choice.kernel, choice.prefill, ways, f"{told}; by tokens: {uses}", complete and all_timed)
 
 
-def _ways(layers: list[Layer]) -> dict[int, tuple[str, int]]:
-    """The fastest way for each number of tokens, with cuSPARSELt's algorithm."""
-    first, found = layers[0], {}
+def _ways(layers: list[Layer]) -> tuple[dict[int, tuple[str, int]], bool]:
+    """The fastest way for each number of tokens, with cuSPARSELt's algorithm; whether all could be timed."""
+    first, found, complete = layers[0], {}, True
     for tokens in BUCKETS:
-        algorithm = gpu.search(first, _random(first, tokens))
         ways = ["prefill"] if first.prefill else []
         if first.kernel is not None:
-            ways = [*(["kernel"] if tokens <= gpu.max_tokens(first.kernel) else []), *ways, "unpack"]
-        times = {way: _seconds(layers, way, tokens, algorithm) for way in ways}
-        found[tokens] = min(times, key=times.__getitem__), algorithm
-    return found
+            ways = [*ways, "unpack", *(["kernel"] if tokens <= gpu.max_tokens(first.kernel) else [])]
+        times, algorithm = {}, 0
+        try:
+            algorithm = _algorithm(first, tokens)
+            times = {way: _seconds(layers, way, tokens, algorithm) for way in ways}
+        except Exception as error:  # no memory for so many tokens, most likely: what needs the least of it
+            LOG.warning("%d tokens are not timed: %s: %s", tokens, type(error).__name__, first_line(error))
+            complete = False
+        found[tokens] = (min(times, key=times.__getitem__) if times else ways[0]), algorithm
+    return found, complete
+
+
+def _algorithm(layer: Layer, tokens: int) -> int:
+    """cuSPARSELt's fastest for so many tokens; 0 where it is not used."""
+    return gpu.search(layer, _random(layer, tokens)) if layer.prefill == CUSPARSELT else 0
+
+
+def _refusals(packed: Packed, numbers: Tensor, dtype: torch.dtype, choice: Choice) -> str:
+    """Why a weight cannot be held as chosen; empty where it can."""
+    names = [name for name in (choice.kernel, choice.prefill) if name and name != "dense"]
+    reasons = {name: gpu.why_not(name, packed, numbers, dtype) for name in names}
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None)
 
 
 def _layer(module: SparseLinear, choice: Choice) -> Layer:
     """A module's weight in the layouts that were chosen for its kind; dense where it cannot be held so."""
     packed, numbers, scales = module.weight_for_kernels()
-    names = [name for name in (choice.kernel, choice.prefill) if name and name != "dense"]
-    reasons = {name: gpu.why_not(name, packed, numbers, module.dtype) for name in names}
-    if wrong := [f"{name}: {why}" for name, why in reasons.items() if why is not None]:
-        LOG.warning("%s stays dense: %s", module.path, "; ".join(wrong))
-        choice = _dense("; ".join(wrong))
+    if refused := _refusals(packed, numbers, module.dtype, choice):
+        LOG.warning("%s stays dense: %s", module.path, refused)
+        choice = _dense(refused)
     tensors = gpu.pack(choice.kernel, packed, numbers, scales) if choice.kernel else ()
     count = len(tensors)
     if choice.prefill == CUSPARSELT:
@@ -265,7 +315,9 @@ def _timer(work: Callable[[], None], device: torch.device) -> Callable[[], float
         torch.cuda.synchronize(device)
         return begin.elapsed_time(end) / 1000
 
-    replay()
+    warm = time.perf_counter() + WARM
+    while time.perf_counter() < warm:
+        replay()
     return replay
 
 
@@ -282,6 +334,10 @@ def _read(file: Path) -> dict[str, Choice]:
         return {}
     choices = {key: _parsed(value) for key, value in found.items()} if isinstance(found, dict) else {}
     return {key: choice for key, choice in choices.items() if choice is not None}
+
+
+def _stored(choice: Choice) -> dict[str, Any]:
+    return {"kernel": choice.kernel, "prefill": choice.prefill, "ways": choice.ways, "why": choice.why}
 
 
 def _parsed(value: Any) -> Choice | None:

@@ -5,8 +5,8 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -36,8 +36,6 @@ BUCKETS = (
 )  # tokens up to which a way was timed; the last for more
 REPEATS = 4  # products in which tokens beyond a kernel's most may come
 
-_scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-
 
 @dataclass
 class Layer:
@@ -45,7 +43,7 @@ class Layer:
 
     ``kernel``: the file of kernels/ whose layout the first ``count`` tensors are, or None; ``prefill``: ``nm_cusparselt``,
     or ``dense`` for the weight itself (out, in), or None. ``ways``: for each number of ``BUCKETS`` ``kernel``, ``unpack``
-    (into memory that all layers share, then torch's dense product) or ``prefill``, with cuSPARSELt's algorithm.
+    (then torch's dense product) or ``prefill``, with cuSPARSELt's algorithm.
     """
 
     packed: Packed
@@ -75,11 +73,7 @@ class Layer:
     @classmethod
     def parse(cls, key: str, tensors: Sequence[Tensor]) -> "Layer":
         """The reverse of ``key``."""
-        entry = json.loads(key)
-        own = entry.pop("gpu")
-        ways = {int(tokens): (way, algorithm) for tokens, (way, algorithm) in own["ways"].items()}
-        packed, dtype = Packed.parse("a packed weight", entry), getattr(torch, own["dtype"])
-        return cls(packed, dtype, own["kernel"], own["prefill"], tuple(tensors), own["count"], ways)
+        return replace(_parsed(key), tensors=tuple(tensors))
 
     @property
     def bytes(self) -> int:
@@ -89,6 +83,8 @@ class Layer:
     def linear(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
         rows = x.reshape(-1, self.packed.shape[1]).contiguous()
+        if rows.data_ptr() % 16:  # a slice of something: pairs and cuSPARSELt's rows begin at multiples
+            rows = rows.clone()
         with on(rows.device):
             if len(rows) == 0:
                 found = rows.new_empty(0, self.packed.shape[0])
@@ -117,14 +113,14 @@ class Layer:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight (out, in): until the next product of any layer on this GPU and stream."""
+        """The whole weight (out, in), in memory that the allocator gives to one layer after another."""
         if self.prefill == "dense":
             return self.tensors[-1].to(dtype)
         if self.kernel is None:  # cuSPARSELt gives no weight back, but its product with the unit matrix does
             unit = torch.eye(self.packed.shape[1], dtype=self.dtype, device=self.tensors[0].device)
             return self.by("prefill", unit).T.to(dtype)
         stored = self.packed.kind.float_dtype or dtype
-        out = scratch(self.tensors[0].device, stored, self.packed.shape)
+        out = torch.empty(self.packed.shape, dtype=stored, device=self.tensors[0].device)
         unpack = _kernel(f"{self.kernel}_unpack").unpack
         unpack(self.tensors[: self.count], self.packed.shape, self.packed.values, out)
         return out.to(dtype)
@@ -135,19 +131,14 @@ class Layer:
             return gradient @ self.dense(gradient.dtype)
 
 
-def scratch(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    """Memory for one weight, shared by the layers that are multiplied one after another on a stream.
-
-    While a CUDA graph is captured it is the graph's own.
-    """
-    size = shape[0] * shape[1]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.empty(shape, dtype=dtype, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _scratch.get((device, dtype, stream))
-    if found is None or found.numel() < size:
-        found = _scratch[device, dtype, stream] = torch.empty(size, dtype=dtype, device=device)
-    return found[:size].view(shape)
+@lru_cache(maxsize=4096)
+def _parsed(key: str) -> Layer:
+    """All of a layer but its tensors."""
+    entry = json.loads(key)
+    own = entry.pop("gpu")
+    ways = {int(tokens): (way, algorithm) for tokens, (way, algorithm) in own["ways"].items()}
+    packed, dtype = Packed.parse("a packed weight", entry), getattr(torch, own["dtype"])
+    return Layer(packed, dtype, own["kernel"], own["prefill"], (), own["count"], ways)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -177,14 +168,26 @@ def why_not(name: str, packed: Packed, numbers: Tensor, dtype: torch.dtype) -> s
 @cache
 def unusable(name: str, device: torch.device, values: str, inputs: torch.dtype) -> str | None:
     """Why a kernel does not run on ``device``, found once, and told; None where it does."""
-    kernel = _kernel(name)
     try:
-        reason = kernel.usable(device, values, inputs) if hasattr(kernel, "usable") else None
+        with on(device):
+            reason = _tried(name, device, values, inputs)
     except Exception as error:  # whatever a compiler or a driver raises: the next kernel takes over
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason is not None:
         LOG.warning("%s is not used on %s: %s", name, device, reason)
     return reason
+
+
+def _tried(name: str, device: torch.device, values: str, inputs: torch.dtype) -> str | None:
+    """What a kernel's own test, and the product and the unpacking of a small weight, find wrong."""
+    kernel = _kernel(name)
+    if hasattr(kernel, "usable") and (reason := kernel.usable(device, values, inputs)) is not None:
+        return reason
+    if name == CUSPARSELT:
+        return None
+    from llmsparse.kernels import trial
+
+    return trial.wrong(kernel, _kernel(f"{name}_unpack"), device, (values, inputs))
 
 
 @cache
@@ -223,7 +226,5 @@ def max_tokens(name: str) -> int:
 
 
 def search(layer: Layer, rows: Tensor) -> int:
-    """cuSPARSELt's fastest algorithm for ``rows``; 0 where it is not used."""
-    return (
-        _kernel(CUSPARSELT).search(layer.tensors[layer.count :], rows) if layer.prefill == CUSPARSELT else 0
-    )
+    """cuSPARSELt's fastest algorithm for ``rows``; waits for the GPU."""
+    return _kernel(CUSPARSELT).search(layer.tensors[layer.count :], rows)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse import ops
+from llmsparse import gpu, ops
 from llmsparse.ops import Stored
 from llmsparse.packed import Packed
 
@@ -112,10 +112,16 @@ def gather(module: Any, ids: Tensor) -> Tensor:
     return ops.gather(stored(module), ids, module.dtype)
 
 
+def multiplied(table: Any) -> None:
+    """A table that is an output layer too: on a GPU its dense weight is made now, not while a graph is captured."""
+    if gpu.here(table.get_buffer(table.parts[0]).device):
+        stored(table).kept_dense(table.dtype)
+
+
 def stored(module: Any) -> Stored:
     """The weight of ``module`` as kernels take it, made once for each place that it lies in."""
     if module._stored is None:
-        module._stored = Stored(module.packed, _tensors(module), module.stays_dense)
+        module._stored = ops.stored_of(_tensors(module), module.key)  # the operators find the same
     return module._stored
 
 

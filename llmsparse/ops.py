@@ -60,11 +60,14 @@ class Stored:
         """The native kernels' product with this weight, made once."""
         return native.product(self)
 
-    def kept_dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight (out, in), remembered."""
-        if self._dense is None or self._dense.dtype != dtype:
-            self._dense = self.dense(dtype)
-        return self._dense
+    def kept_dense(self, dtype: torch.dtype, keep: bool = True) -> Tensor:
+        """The whole weight (out, in), remembered from now on if ``keep``."""
+        if self._dense is not None and self._dense.dtype == dtype:
+            return self._dense
+        dense = self.dense(dtype)
+        if keep:
+            self._dense = dense
+        return dense
 
 
 def through_operators(x: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -89,12 +92,15 @@ def on_gpu(module: Any, x: Tensor) -> Tensor:
     return module.layer.linear(x)
 
 
-def linear(stored: "Stored | gpu.Layer", x: Tensor) -> Tensor:
-    """x (..., in) times the transposed weight: (..., out); no gradients."""
+def linear(stored: "Stored | gpu.Layer", x: Tensor, keep: bool = True) -> Tensor:
+    """x (..., in) times the transposed weight: (..., out); no gradients.
+
+    ``keep``: what is unpacked here may outlive the call, which the memory of a CUDA graph does not.
+    """
     if isinstance(stored, gpu.Layer):
         return stored.linear(x)
     if stored.stays_dense or gpu.here(x.device):  # there an output layer, whose table is looked up in as well
-        return torch.nn.functional.linear(x, stored.kept_dense(x.dtype))
+        return torch.nn.functional.linear(x, stored.kept_dense(x.dtype, keep))
     if (reason := native.why_not(x)) is None:
         return stored.product(x)
     _warn_once(reason)
@@ -124,7 +130,7 @@ def gather(stored: Stored, ids: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("llmsparse::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
     """``linear`` for ``torch.compile``, ``torch.export`` and autograd."""
-    return linear(_stored(tensors, key), x)
+    return linear(stored_of(tensors, key), x, keep=not gpu.here(x.device))
 
 
 @packed_linear.register_fake
@@ -135,7 +141,7 @@ def _(x: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
 @torch.library.custom_op("llmsparse::packed_linear_input_gradient", mutates_args=())
 def packed_linear_input_gradient(gradient: Tensor, tensors: Sequence[Tensor], key: str) -> Tensor:
     """The gradient with respect to x: gradient (..., out) times the weight, in panels of rows."""
-    stored = _stored(tensors, key)
+    stored = stored_of(tensors, key)
     if isinstance(stored, gpu.Layer):
         return stored.input_gradient(gradient)
     out, columns = stored.packed.shape
@@ -167,7 +173,7 @@ packed_linear.register_autograd(_backward, setup_context=_keep)
 @torch.library.custom_op("llmsparse::packed_gather", mutates_args=())
 def packed_gather(ids: Tensor, tensors: Sequence[Tensor], key: str, dtype: torch.dtype) -> Tensor:
     """``gather`` for ``torch.compile`` and ``torch.export``."""
-    stored = _stored(tensors, key)
+    stored = stored_of(tensors, key)
     assert isinstance(stored, Stored)  # tables have no layer
     return gather(stored, ids, dtype)
 
@@ -182,10 +188,10 @@ def _packed(key: str) -> Packed:
     return Packed.parse("a packed weight", json.loads(key))
 
 
-def _stored(tensors: Sequence[Tensor], key: str) -> Stored | gpu.Layer:
+def stored_of(tensors: Sequence[Tensor], key: str) -> Stored | gpu.Layer:
     """Made once for the same tensors, and kept by the first of them: a kernel's view of a weight counts its bits."""
     if '"gpu"' in key:
-        return _layer(tensors, key)
+        return gpu.Layer.parse(key, tensors)
     found = getattr(tensors[0], "_llmsparse_stored", None)
     if (
         found is None
@@ -196,19 +202,6 @@ def _stored(tensors: Sequence[Tensor], key: str) -> Stored | gpu.Layer:
         found.key = key
         tensors[0]._llmsparse_stored = found  # type: ignore[attr-defined]
     return found
-
-
-def _layer(tensors: Sequence[Tensor], key: str) -> gpu.Layer:
-    """The same for a weight on a GPU."""
-    kept = getattr(tensors[0], "_llmsparse_layer", None)
-    if (
-        kept is None
-        or kept[0] != key
-        or any(a is not b for a, b in zip(kept[1].tensors, tensors, strict=True))
-    ):
-        kept = key, gpu.Layer.parse(key, tensors)
-        tensors[0]._llmsparse_layer = kept  # type: ignore[attr-defined]
-    return kept[1]
 
 
 @lru_cache(maxsize=1)

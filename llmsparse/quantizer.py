@@ -105,6 +105,8 @@ class PackedQuantizer(HfQuantizer):
         _cast(model, self.dtypes)
         for path in self.packed:
             held.ready(model.get_submodule(path), path)
+        for head in (module for module in model.modules() if isinstance(module, PackedHead)):
+            held.multiplied(head.table)
         layers = [model.get_submodule(path) for path in self.packed]
         linear = [layer for layer in layers if isinstance(layer, SparseLinear)]
         choice.choose(linear, untimed=model.get_output_embeddings())

@@ -64,10 +64,24 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {p.layout}, {p.values}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
+        after = fn(torch.empty(0, dtype=self.dtype, device=self._where()))
+        if self.layer is not None and (after.device, after.dtype) == (self.place, self.dtype):
+            if self.bias is not None:
+                self.bias.data = fn(self.bias.data)
+            return self  # it stays where it is, and its packed tensors on the CPU
         super()._apply(fn, recurse)
         held.moved(self, fn)
-        self.settle(fn(torch.empty(0, dtype=self.dtype, device=self._where())).device)
+        self.settle(after.device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made for a device: a copy makes its own."""
+        return {**self.__dict__, "layer": None, "gpu_tensors": [], "gpu_key": "", "_stored": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        there = self.place.type != "cuda" or torch.cuda.is_available()  # a pickle may come from elsewhere
+        self.settle(self.place if there else torch.device("cpu"))
 
     def settle(self, place: torch.device) -> None:
         """Multiply at ``place`` from now on; on a GPU the weight is laid out there, unless it is not loaded yet."""

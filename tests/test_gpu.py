@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 import llmsparse
 from llmsparse import dispatch, gpu
 from llmsparse.errors import UserError
+from llmsparse.kernels import nm_cusparselt, nm_mma, trial
 from llmsparse.sparse_linear import SparseLinear
 from tests.packed_tiny import packed
 
@@ -22,9 +24,11 @@ IDS = torch.tensor([[3, 9, 4, 7, 11]], device=DEVICE)
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Packed layers take the CPU for a GPU, unless there is one."""
+    """Packed layers take the CPU for a GPU, unless there is one; kernels' own tests are short."""
     if DEVICE == "cpu":
         monkeypatch.setattr(gpu, "here", lambda device: True)
+        monkeypatch.setattr(nm_mma, "usable", lambda *given: None)
+        monkeypatch.setattr(trial, "CALLS", (trial.Call(1, 5, 64, 1),))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -86,6 +90,34 @@ def test_packed_tensors_stay_on_the_cpu_and_are_saved_unchanged(tmp_path: Path) 
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert torch.equal(logits(model), logits(again))
+
+
+def test_what_changes_nothing_lays_nothing_out_anew(tmp_path: Path) -> None:
+    model = load(packed(tmp_path, "gpt2", pattern="2:4"))
+    before = [layer.layer for layer in layers(model)]
+    model.to(DEVICE)
+    assert all(layer.layer is same for layer, same in zip(layers(model), before, strict=True))
+    layer = layers(model)[0]
+    assert layer.bias is not None
+    x = torch.randn(2, layer.in_features, dtype=torch.bfloat16, device=DEVICE)
+    assert torch.equal(layer(x), pickle.loads(pickle.dumps(layer))(x))
+
+
+def test_a_table_that_is_an_output_layer_too_is_multiplied_dense(tmp_path: Path) -> None:
+    folder = packed(tmp_path, "qwen2", "int8", pattern="2:4")
+    model = load(folder)
+    table = model.get_input_embeddings()
+    assert table._stored._dense is not None  # before any graph is captured
+    found, wanted = logits(model), reference(folder)
+    assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_inputs_may_begin_anywhere(tokens: int, tmp_path: Path) -> None:
+    layer = layers(load(packed(tmp_path, "llama", pattern="2:4")))[0]
+    memory = torch.randn(tokens * layer.in_features + 1, device=DEVICE).bfloat16()
+    x = memory[1:].view(tokens, -1)  # at an odd address of two bytes
+    assert torch.equal(layer(x), layer(x.clone()))
 
 
 def test_layers_follow_new_weights_dtypes_and_copies(tmp_path: Path) -> None:
@@ -188,6 +220,51 @@ def test_what_was_timed_is_remembered(timed: dict[str, float], tmp_path: Path, m
     assert "nm_mma" in str(dispatch.remembered())
 
 
+def test_what_is_remembered_and_cannot_be_used_is_found_anew(timed, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
+    timed |= {"nm_mma": 0.1, "nm_gemv": 0.2}
+    folder = packed(tmp_path, "llama", pattern="2:4")
+    assert layers(load(folder))[0].layer.kernel == "nm_mma"
+    gpu.unusable.cache_clear()
+    monkeypatch.setattr(nm_mma, "usable", lambda *given: "it is broken here")
+    assert layers(load(folder))[0].layer.kernel == "nm_gemv"
+    gpu.unusable.cache_clear()
+
+
+def test_a_time_that_cannot_be_taken_stops_nothing_and_is_not_remembered(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:  # noqa: ANN001
+    def seconds(layers: list[gpu.Layer], way: str, tokens: int, algorithm: int = 0) -> float:
+        if tokens > 8 or layers[0].kernel is None and len(found) == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return 1.0
+
+    found: list[int] = []
+    monkeypatch.setenv(dispatch.PRODUCTS, "measured")
+    monkeypatch.setattr(dispatch, "_seconds", seconds)
+    folder = packed(tmp_path, "llama", pattern="2:4")
+    with caplog.at_level(logging.WARNING, "llmsparse"):
+        assert layers(load(folder))[0].layer.kernel == "nm_mma"
+        found.append(1)
+        ways = layers(load(folder))[0].layer.ways
+    assert ways[8][0] == "unpack" and ways[4096][0] == "unpack"
+    assert dispatch.remembered() == {}
+    assert any("is not timed: OutOfMemoryError" in record.getMessage() for record in caplog.records)
+
+
+def test_long_inputs_decide_where_only_they_are_stored_for(timed, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
+    monkeypatch.setenv(dispatch.STORAGE, "prefill")
+    monkeypatch.setattr(gpu, "unusable", lambda *given: None)
+    monkeypatch.setattr(nm_cusparselt, "pack", lambda numbers, *given: (numbers,))
+    monkeypatch.setattr(nm_cusparselt, "search", lambda *given: 7)
+    folder = packed(tmp_path, "llama", pattern="2:4")
+    timed |= {"nm_cusparselt": 0.1}
+    assert {layer.layer.prefill for layer in layers(load(folder))} == {"nm_cusparselt"}
+    assert layers(load(folder))[0].layer.ways[1] == ("prefill", 7)
+    (tmp_path / "cache" / "llmsparse" / "gpu_products.json").unlink()
+    timed |= {"nm_cusparselt": 2.0}
+    assert {layer.layer.prefill for layer in layers(load(folder))} == {"dense"}
+
+
 @pytest.mark.parametrize(
     "broken", ["{", "[]", '{"a": 1}', '{"a": {"kernel": "other", "prefill": null, "ways": {}, "why": ""}}']
 )
@@ -230,8 +307,6 @@ def test_without_triton_weights_stay_dense_and_the_log_says_why(tmp_path: Path, 
 
 
 def test_a_kernel_that_cannot_be_run_gives_way_to_the_next(tmp_path: Path, monkeypatch, caplog) -> None:  # noqa: ANN001
-    from llmsparse.kernels import nm_mma
-
     def seconds(layers: list[gpu.Layer], way: str, tokens: int, algorithm: int = 0) -> float:
         if layers[0].kernel == "nm_mma":
             raise RuntimeError("ptxas died\nwith details")
@@ -278,8 +353,6 @@ def test_products_wait_for_nothing_and_are_captured(pattern: str, values: str | 
 
 
 def test_a_kernel_that_fails_its_own_test_gives_way_to_the_next(tmp_path: Path, monkeypatch, caplog) -> None:  # noqa: ANN001
-    from llmsparse.kernels import nm_mma
-
     gpu.unusable.cache_clear()
     monkeypatch.setattr(nm_mma, "usable", lambda *given: "its product of one tile is wrong")
     with caplog.at_level(logging.WARNING, "llmsparse"):

@@ -170,16 +170,14 @@ def _not_launched(dtype: torch.dtype, pattern: Pattern | None, grid: Grid | None
 
 @cache
 def _does_not_run(device: torch.device) -> str:
-    """Why the kernel cannot run on ``device``, found by a first launch; empty where it can."""
+    """Why the kernels cannot run on ``device``, found by trying them; empty where they can."""
     try:
-        from llmsparse.kernels import obs_sweep
+        from llmsparse.kernels import grid_fit, obs_sweep
 
-        one = torch.eye(16, device=device)
-        obs_sweep.sweep(one.clone(), one > 0, one, one.clone())
+        return obs_sweep.wrong(device) or grid_fit.wrong(device) or ""
     # no Triton, no C compiler, a GPU that Triton does not know: each fails in its own way
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or ['it says no more'])[0]}"
-    return ""
 
 
 @cache

@@ -345,3 +345,17 @@ def test_a_kernel_that_does_not_run_is_left_out_and_said_once(
     assert [record.getMessage() for record in caplog.records] == [
         "sparsegpt sweeps column by column, slower than its GPU kernel: RuntimeError: Failed to find C compiler"
     ]
+
+
+def test_what_is_wrong_on_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert obs_sweep.wrong(torch.device(DEVICE)) is None
+    assert grid_fit.wrong(torch.device(DEVICE)) is None
+    sweep, fit = obs_sweep.sweep, grid_fit.fit
+
+    def without_a_grid(columns, kept, upper, errors, nm, rounding):  # noqa: ANN001, ANN202
+        sweep(columns, kept, upper, errors, nm)
+
+    monkeypatch.setattr(obs_sweep, "sweep", without_a_grid)
+    monkeypatch.setattr(grid_fit, "fit", lambda *given: fit(*given) * 1.1)
+    assert "a given mask and a grid is wrong by" in str(obs_sweep.wrong(torch.device(DEVICE)))
+    assert "scales of groups of 32" in str(grid_fit.wrong(torch.device(DEVICE)))
