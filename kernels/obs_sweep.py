@@ -233,7 +233,7 @@ def wrong(device: torch.device) -> str | None:
 def _swept(columns: Tensor, upper: Tensor, nm: tuple[int, int] | None, high: int, by: Any) -> Tensor:
     """The errors of a sweep, and the columns after it."""
     kept, errors = columns > 0, torch.full_like(columns, float("nan"))
-    scale = torch.full_like(columns[0], 2.0**-5)
+    scale = torch.full_like(columns[0], 0.25)
     rounding = Rounding(scale, torch.zeros_like(columns, dtype=torch.int8), -high, high) if high else None
     by(columns, kept, upper, errors, nm, rounding)
     return torch.cat([errors, columns, kept.to(columns.dtype)])
