@@ -100,7 +100,7 @@ def _of_kernel(name: str) -> Iterator[Form]:
         return  # a kernel, but not a product
     most = getattr(module, "MAX_TOKENS", UNPACK_FROM)
     for values in ("bf16", *INTEGERS):
-        last = most if values == "bf16" else 1
+        last = most if values == "bf16" or most > 8 else 1  # codes with several tokens: tensor cores alone
         yield Form(f"{name} {values}", values, 1, last, partial(_triton, module, None, values))
     unpack = _module(f"{name}_unpack")
     least = min(UNPACK_FROM, most + 1)
