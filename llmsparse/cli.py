@@ -142,7 +142,7 @@ def choices(kind: str | None = None) -> dict[str, Any]:
 
 
 def _plugins(kind: str) -> list[dict[str, str]]:
-    source = {name: (plugins.ROOT / kind / f"{name}.py").read_text("utf-8") for name in plugins.names(kind)}
+    source = {name: plugins.file(kind, name).read_text("utf-8") for name in plugins.names(kind)}
     about = {name: ast.get_docstring(ast.parse(text)) or "" for name, text in source.items()}
     return [{"name": name, "about": text.partition("\n")[0]} for name, text in about.items()]
 

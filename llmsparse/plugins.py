@@ -7,11 +7,18 @@ from types import ModuleType
 from llmsparse.errors import UserError
 
 ROOT = Path(__file__).parent
+SPOKEN = ("exporters",)  # kinds whose names are those of formats, with hyphens
 
 
 def names(package: str) -> list[str]:
     """The plug-ins of one kind (``solvers``...), from the folder, without importing any."""
-    return sorted(file.stem for file in (ROOT / package).glob("*.py") if not file.stem.startswith("_"))
+    stems = [file.stem for file in (ROOT / package).glob("*.py") if not file.stem.startswith("_")]
+    return sorted(stem.replace("_", "-") if package in SPOKEN else stem for stem in stems)
+
+
+def file(package: str, name: str) -> Path:
+    """The file of one plug-in."""
+    return ROOT / package / f"{name.replace('-', '_')}.py"
 
 
 def kinds() -> list[str]:
@@ -29,4 +36,4 @@ def load(package: str, name: str) -> ModuleType:
     """
     if name not in names(package):
         raise UserError(f"{package[:-1]} {name!r} is unknown; known: {', '.join(names(package))}")
-    return importlib.import_module(f"llmsparse.{package}.{name}")
+    return importlib.import_module(f"llmsparse.{package}.{file(package, name).stem}")

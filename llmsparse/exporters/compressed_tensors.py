@@ -1,0 +1,153 @@
+"""A folder for vLLM and transformers: codes of linear weights as compressed-tensors' `pack-quantized` stores them."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llmsparse import pieces
+from llmsparse.checkpoint import Checkpoint
+from llmsparse.errors import UserError
+from llmsparse.heap import return_freed_memory
+from llmsparse.packing import Candidate, Numbers, candidates
+from llmsparse.pieces import Piece
+from llmsparse.skeleton import Skeleton
+from llmsparse.values import Values
+from llmsparse.writer import Writer, disk_errors
+
+NOTE = "no runtime of this format gains speed or memory from zeros: every weight is stored; a zipped download is smaller"
+
+
+def export(
+    checkpoint: Checkpoint, out: Path, *, values: str | None, embeddings: str | None, overwrite: bool,
+    trust_remote_code: bool, progress: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the codes weight by weight; tables and whatever has no codes stay as they are.
+
+    Raises:
+        UserError: weights are to be stored as floats, in several kinds of codes, or tables as codes.
+    """
+    begun = time.perf_counter()
+    if embeddings not in (None, "keep"):
+        raise UserError(
+            f"--embeddings {embeddings} was asked for; compressed-tensors stores codes of linear layers alone, "
+            "leave --embeddings out"
+        )
+    skeleton = Skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    numbers, found = Numbers(checkpoint, values, None), candidates(skeleton)
+    chosen = [c for c in found.packable if not (c.table or c.head or c.transposed)]
+    out = out.expanduser().absolute()
+    spool = pieces.spool_of(out)
+    pieces.clear(Writer(checkpoint, out, overwrite))
+    progress.start("packing", len(chosen))
+    kinds: dict[str, Values] = {}
+    made: list[Piece] = []
+    try:
+        with disk_errors(out):
+            spool.mkdir(parents=True)
+        for candidate in chosen:
+            drawn = numbers.of(candidate)
+            kind, codes, scales = drawn if drawn is not None else (None, None, None)
+            if kind is None or scales is None or codes is None:
+                raise UserError(_no_codes(candidate, values))
+            kinds[kind.name] = kind
+            tensors = packed(candidate, kind, codes, scales)
+            file = spool / f"{len(made)}.safetensors"
+            with disk_errors(out):
+                save_file(tensors, file)
+            shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            made.append(Piece(candidate.source, (), shapes, file))
+            checkpoint.close()
+            return_freed_memory()
+            progress.advance("packing", candidate.path)
+        config = _config(skeleton, chosen, _one(kinds))
+        result = _result(skeleton, made, [*found.warnings, *numbers.warnings, NOTE])
+        result |= {"values": numbers.describe(), "seconds": round(time.perf_counter() - begun, 2)}
+        pieces.write(checkpoint, made, out, overwrite, config, result)
+    finally:
+        shutil.rmtree(spool, ignore_errors=True)
+    return result
+
+
+def packed(candidate: Candidate, kind: Values, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """The three tensors of a weight (out, in): codes with 2^(bits - 1) added, 32 / bits to an int32, the first lowest."""
+    each = 32 // kind.bits
+    filled = torch.nn.functional.pad(
+        codes.to(torch.int64) + (1 << (kind.bits - 1)), (0, -codes.shape[1] % each)
+    )
+    shifts = torch.arange(each) * kind.bits
+    words = (filled.view(len(codes), -1, each) << shifts).sum(2)
+    return {
+        f"{candidate.stem}.weight_packed": words.to(torch.int32),  # keeps the lower 32 bits
+        f"{candidate.stem}.weight_scale": scales.to(torch.bfloat16).contiguous(),
+        f"{candidate.stem}.weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+    }
+
+
+def _no_codes(candidate: Candidate, values: str | None) -> str:
+    asked = f"--values {values} was asked for, but" if values else f"{candidate.source} has no codes;"
+    return f"{asked} compressed-tensors stores int8 or int4:G codes; give --values int8 or int4:64, or prune with it"
+
+
+def _one(kinds: dict[str, Values]) -> Values:
+    if len(kinds) > 1:
+        raise UserError(
+            f"the weights have codes of several kinds ({', '.join(sorted(kinds))}); compressed-tensors is written "
+            "with one here: quantise the model with one --values"
+        )
+    return next(iter(kinds.values()))
+
+
+def _config(skeleton: Skeleton, chosen: list[Candidate], kind: Values) -> dict[str, Any]:
+    """``quantization_config``: one scheme for linear layers, and the layers that stay as they are."""
+    done = {candidate.path for candidate in chosen}
+    linear = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+    weights = {
+        "num_bits": kind.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if kind.group is None else "group",
+        "group_size": kind.group,
+        "dynamic": False,
+    }
+    scheme = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": [name for name in linear if name not in done],
+    }
+
+
+def _result(skeleton: Skeleton, made: list[Piece], warnings: list[str]) -> dict[str, Any]:
+    """Bytes before and after: of everything, of linear weights, of the embedding and output tables."""
+    checkpoint = skeleton.checkpoint
+    sizes = {
+        piece.source: sum(
+            dtype.itemsize * torch.Size(shape).numel() for dtype, shape in piece.tensors.values()
+        )
+        for piece in made
+    }
+    before = sum(map(checkpoint.bytes, sizes))
+    parameters = sum(torch.Size(checkpoint.shape(name)).numel() for name in sizes)
+    tables = sum(checkpoint.bytes(skeleton.sources[f"{path}.weight"][0][0]) for path in skeleton.tables)
+    return {
+        "format": "compressed-tensors",
+        "bytes": {"before": sum(file.stat().st_size for file in checkpoint.files), "after": 0},
+        "linear": {"before": before, "after": sum(sizes.values())},
+        "embeddings": {"before": tables, "after": tables},
+        "linear_parameters": parameters,
+        "bits_per_weight": 8 * sum(sizes.values()) / max(parameters, 1),
+        "layouts": {"pack-quantized": len(made)},
+        "warnings": warnings,
+    }
