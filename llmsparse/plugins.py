@@ -22,11 +22,12 @@ def kinds() -> list[str]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """Import one plug-in's module.
+    """Import one plug-in's module; ``c-header`` is another way to write ``c_header``.
 
     Raises:
         UserError: there is no plug-in of that name; the message lists the known ones.
     """
-    if name not in names(package):
+    module = name.replace("-", "_")
+    if module not in names(package):
         raise UserError(f"{package[:-1]} {name!r} is unknown; known: {', '.join(names(package))}")
-    return importlib.import_module(f"llmsparse.{package}.{name}")
+    return importlib.import_module(f"llmsparse.{package}.{module}")
