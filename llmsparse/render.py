@@ -178,8 +178,8 @@ def _needs(device: Row | None) -> list[str]:
         f"on the device: {byte_size(device['flash_bytes'])} of constants (flash), {byte_size(device['ram_bytes'])} of RAM "
         f"for a context of {device['context']} tokens",
         f"a token: {device['macs_per_token']:,} multiply-accumulates with kept weights "
-        f"({device['macs_of_the_head']:,} of them in the output layer), and {device['macs_of_attention']:,} more in attention "
-        "when the context is full",
+        f"({device['macs_of_the_head']:,} of them in the output layer), and {device['macs_of_attention']:,} more in "
+        "attention when the context is full",
     ]
 
 

@@ -1,9 +1,11 @@
 """A llama in C for the smallest devices: model.h holds it, llama.c runs it without a heap: docs/c_header.md."""
 
 import json
+import shlex
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +77,9 @@ struct llama_layer {{
 """
 
 
+Drawn = tuple[Values, Tensor, Tensor]  # kind, codes (out, in), scales (out, groups)
+
+
 class Matrix(NamedTuple):
     """A weight that is in model.h, and the C initialiser that points at it."""
 
@@ -105,21 +110,12 @@ def export(
     sizes = dimensions(skeleton)
     codes = GridFile.open(checkpoint.folder)
     numbers = Numbers(checkpoint, values if values or codes else "int8", embeddings)
-    found = candidates(skeleton)
-    if found.warnings:
-        raise UserError(f"--format c-header stores every weight as codes, but {found.warnings[0]}")
-    progress.start("packing", len(found.packable))
     out = out.expanduser().absolute()
     with disk_errors(out), whole_folder(out) as folder:
         with (folder / "model.h").open("w", encoding="ascii") as stream:
             stream.write(HEAD.format(macros=_macros(sizes), context=sizes["context"]))
-            arrays, matrices = Arrays(stream), {}
-            for candidate in found.packable:
-                drawn = draw(numbers, candidate, values, embeddings)
-                matrices[candidate.path] = _matrix(arrays, candidate, drawn, skeleton)
-                checkpoint.close()
-                return_freed_memory()
-                progress.advance("packing", candidate.path)
+            arrays = Arrays(stream)
+            matrices = _weights(arrays, skeleton, lambda c: draw(numbers, c, values, embeddings), progress)
             _tables(arrays, matrices, skeleton, sizes["layers"])
             stream.write("#endif\n#endif\n")
         shutil.copyfile(RUNTIME, folder / RUNTIME.name)
@@ -127,7 +123,7 @@ def export(
         result["bytes"]["after"] = sum(file.stat().st_size for file in folder.iterdir())
         result |= {"warnings": numbers.warnings, "seconds": round(time.perf_counter() - begun, 2)}
         (folder / "export.json").write_text(json.dumps({"format": "c-header", **result}, indent=1) + "\n")
-    return {**result, "next": f"cc -O3 -DLLAMA_MAIN {out / RUNTIME.name} -lm"}
+    return {**result, "next": shlex.join(["cc", "-O3", "-DLLAMA_MAIN", str(out / RUNTIME.name), "-lm"])}
 
 
 def check_kind(option: str, name: str | None) -> None:
@@ -181,9 +177,7 @@ def dimensions(skeleton: Skeleton) -> dict[str, Any]:
     }
 
 
-def draw(
-    numbers: Numbers, candidate: Candidate, values: str | None, embeddings: str | None
-) -> tuple[Values, Tensor, Tensor]:
+def draw(numbers: Numbers, candidate: Candidate, values: str | None, embeddings: str | None) -> Drawn:
     """Kind, codes and scales of a weight: those beside the model, else the nearest to it, int8 by default."""
     if numbers.codes is None or candidate.source not in numbers.codes.names:
         asked = (embeddings if candidate.table or candidate.head else values) or "int8"
@@ -193,9 +187,24 @@ def draw(
     return found[0], found[1], found[2]
 
 
-def _matrix(
-    arrays: Arrays, candidate: Candidate, drawn: tuple[Values, Tensor, Tensor], skeleton: Skeleton
-) -> Matrix:
+def _weights(
+    arrays: Arrays, skeleton: Skeleton, drawn: Callable[[Candidate], Drawn], progress: Any
+) -> dict[str, Matrix]:
+    """Write every weight, one in memory at a time: module path -> where it is."""
+    found = candidates(skeleton)
+    if found.warnings:
+        raise UserError(f"--format c-header stores every weight as codes, but {found.warnings[0]}")
+    progress.start("packing", len(found.packable))
+    matrices = {}
+    for candidate in found.packable:
+        matrices[candidate.path] = _matrix(arrays, candidate, drawn(candidate), skeleton)
+        skeleton.checkpoint.close()
+        return_freed_memory()
+        progress.advance("packing", candidate.path)
+    return matrices
+
+
+def _matrix(arrays: Arrays, candidate: Candidate, drawn: Drawn, skeleton: Skeleton) -> Matrix:
     """Write a weight's arrays. Tables are dense: their rows are looked up."""
     kind, codes, scales = drawn
     shape = codes.shape[0], codes.shape[1]
