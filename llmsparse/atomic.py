@@ -1,7 +1,10 @@
-"""Text files that appear whole or not at all."""
+"""Text files, and folders, that appear whole or not at all."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmsparse.errors import UserError
@@ -34,3 +37,25 @@ def write_whole(file: str | Path, text: str) -> None:
         except BaseException:
             os.unlink(new.name)
             raise
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which takes the place of ``out`` at the end, or goes where something failed."""
+    work, old = (out.with_name(f".{out.name}.llmsparse-{end}") for end in ("new", "old"))
+    if old.exists() and not out.exists():
+        old.rename(out)  # killed between the two renames below
+    for left in (work, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        if out.is_dir() and any(out.iterdir()):
+            out.rename(old)
+        work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

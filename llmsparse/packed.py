@@ -1,7 +1,7 @@
 """How one weight is stored: its entry in config.json, its tensors' shapes, and what they must satisfy."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -158,14 +158,14 @@ class Packed:
         return whole
 
 
-def smallest(numbers: Tensor, values: Values) -> Packed | None:
-    """The layout that stores ``numbers`` (out, in) in the fewest bytes; None when an ordinary tensor is as small.
+def smallest(numbers: Tensor, values: Values, layouts: Iterable[str] | None = None) -> Packed | None:
+    """The layout that stores ``numbers`` (out, in) in the fewest bytes (of ``layouts``); None when a tensor is as small.
 
     Ties go to the first name, so a 2:4 weight is a bitmask.
     """
     shape = (numbers.shape[0], numbers.shape[1])
     found = []
-    for layout in plugins.names("formats"):
+    for layout in plugins.names("formats") if layouts is None else layouts:
         for fields in _format(layout).measure(numbers, values):
             found.append(Packed(layout, values.name, shape, **fields))
     best = min(found, key=lambda packed: packed.bytes, default=None)

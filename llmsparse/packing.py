@@ -198,7 +198,7 @@ class Numbers:
             numbers = kind.numbers(self._weight(candidate))
             self.negative_zeros += int((numbers == torch.iinfo(numbers.dtype).min).sum())
             return kind, numbers, None
-        return kind, *self._fitted(candidate, Grid.parse(kind.name))
+        return kind, *self.fitted(candidate, Grid.parse(kind.name))
 
     def _kind(self, candidate: Candidate) -> Values | None:
         stored = Values.of(self.checkpoint.dtype(candidate.source))
@@ -242,7 +242,7 @@ class Numbers:
         tensor = self.checkpoint.tensor(candidate.source)
         return tensor.T if candidate.transposed else tensor
 
-    def _fitted(self, candidate: Candidate, grid: Grid) -> tuple[Tensor, Tensor]:
+    def fitted(self, candidate: Candidate, grid: Grid) -> tuple[Tensor, Tensor]:
         """The nearest codes and scales, a panel of rows at a time."""
         weight, codes, scales = self._weight(candidate), [], []
         for first, last in bits.panels(*weight.shape):

@@ -159,13 +159,28 @@ def export(result: Row) -> RenderableType:
         )
     ]
     layouts = ", ".join(f"{count} {name}" for name, count in result["layouts"].items())
+    follow = ["llmsparse", "generate", result["out"], "--prompt", "Once upon a time"]
     lines = [
         f"{result['bits_per_weight']:.2f} bits for each linear weight; {layouts}",
+        *_needs(result.get("device")),
         *(f"warning: {text}" for text in result["warnings"]),
         f"written to {result['out']} in {duration(result['seconds'])}",
-        f"next: {shlex.join(['llmsparse', 'generate', result['out'], '--prompt', 'Once upon a time'])}",
+        f"next: {result.get('next') or shlex.join(follow)}",
     ]
     return Group(_table(("", "before >", "after >", "of it >"), rows), *map(Text, lines))
+
+
+def _needs(device: Row | None) -> list[str]:
+    """What a small device must have to run the export."""
+    if device is None:
+        return []
+    return [
+        f"on the device: {byte_size(device['flash_bytes'])} of constants (flash), {byte_size(device['ram_bytes'])} of RAM "
+        f"for a context of {device['context']} tokens",
+        f"a token: {device['macs_per_token']:,} multiply-accumulates with kept weights "
+        f"({device['macs_of_the_head']:,} of them in the output layer), and {device['macs_of_attention']:,} more in "
+        "attention when the context is full",
+    ]
 
 
 def generate(result: Row) -> RenderableType:
