@@ -1,7 +1,10 @@
-"""Text files that appear whole or not at all."""
+"""Text files and folders that appear whole or not at all."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmsparse.errors import UserError
@@ -34,3 +37,24 @@ def write_whole(file: str | Path, text: str) -> None:
         except BaseException:
             os.unlink(new.name)
             raise
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` to be filled; it takes the place of ``out`` at the end, or vanishes on an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".llmsparse-new", dir=out.parent))
+    old = work.with_suffix(".llmsparse-old")
+    try:
+        yield work
+        work.chmod(0o755)  # mkdtemp made it private
+        if out.exists():
+            out.rename(old)
+        work.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
