@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmsparse.export_report import show_check
 from llmsparse.figures import byte_size, duration
 from llmsparse.runs import sparsity
 
@@ -163,8 +164,12 @@ def export(result: Row) -> RenderableType:
         f"{result['bits_per_weight']:.2f} bits for each linear weight; {layouts}",
         *(f"warning: {text}" for text in result["warnings"]),
         f"written to {result['out']} in {duration(result['seconds'])}",
-        f"next: {shlex.join(['llmsparse', 'generate', result['out'], '--prompt', 'Once upon a time'])}",
     ]
+    if "check" in result:
+        lines += show_check(result["check"])
+    if "file" not in result:
+        generate = ["llmsparse", "generate", result["out"], "--prompt", "Once upon a time"]
+        lines.append(f"next: {shlex.join(generate)}")
     return Group(_table(("", "before >", "after >", "of it >"), rows), *map(Text, lines))
 
 
