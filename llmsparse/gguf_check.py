@@ -15,7 +15,6 @@ from llmsparse.gguf_layout import family_of
 POSITIONS = 256  # teacher-forced log-probabilities that are compared
 SPARE = 64  # more are asked for: llama.cpp names no token that is half a character
 PROMPT, GREEDY = 32, 32  # tokens of the continued text, and of its continuation
-CHARACTERS = 2000  # of the text that is tokenised
 APART = {"F32": 0.02, "F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q4_0": 0.1}  # nats a token, the mean, at most
 GAIN = "llama.cpp gains no speed and no memory from zeros: it stores and multiplies every weight"
 
@@ -92,9 +91,9 @@ def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> 
     windows = text.windows
     ids = windows.ids[0][: POSITIONS + SPARE + 1]
     positions = list(range(max(1, int(windows.first[0]) + 1), len(ids)))
-    prompt, sample = ids[:PROMPT].tolist(), text.text[:CHARACTERS]
-    asked = {"ids": ids.tolist(), "positions": positions, "prompt": prompt, "count": GREEDY}
     context = min(export_check.CONTEXT, model.config.max_position_embeddings)
+    prompt, sample = ids[:PROMPT].tolist(), text.text[: context - 8]  # no more tokens than letters
+    asked = {"ids": ids.tolist(), "positions": positions, "prompt": prompt, "count": GREEDY}
     told = llama_cpp.run(file, {**asked, "text": sample, "context": context})
     ours, likeliest = _logprobs(model, ids)
     pairs = [

@@ -1,6 +1,7 @@
 """A GGUF file in real llama.cpp (the package xllamacpp), in a process of its own: its crash is then one line."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,11 @@ def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
         asked, told = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps({"file": str(file), **request}))
         command = [sys.executable, "-m", __name__, str(asked), str(told)]
+        free = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # the request says
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=free
+            )
         except subprocess.TimeoutExpired as error:
             raise UserError(f"llama.cpp did not answer within {TIMEOUT} s on {file}") from error
         if done.returncode or not told.is_file():
