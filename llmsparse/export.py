@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llmsparse import plugins
+from llmsparse import export_report, plugins
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.progress import Quiet
@@ -17,6 +17,7 @@ def export(
     format: str = "packed",
     values: str | None = None,
     embeddings: str | None = None,
+    check: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -29,12 +30,14 @@ def export(
     ``values``: how kept weights are stored: ``bf16``, ``fp16``, ``fp32`` (bit for bit), ``int8``, ``int4:32``...;
     default: the codes beside the model where prune or quantize wrote some, else the dtype that they have.
     ``embeddings``: ``keep``, ``int8``, ``int4:32``...; default: as the codes beside the model, else int8 with integer
-    values. Returns ``bytes``, ``linear``, ``embeddings`` (bytes before and after), ``bits_per_weight``, ``layouts``
-    (how many weights each has) and ``warnings``.
+    values. ``check``: measure what was written, in its own runtime where that is installed, beside the source.
+    Returns ``bytes``, ``linear``, ``embeddings`` (bytes before and after), ``bits_per_weight``, ``layouts``
+    (how many weights each has), ``warnings``, and with ``check`` what it found.
 
     Raises:
         UserError: no checkpoint, one that is packed or quantised already, an ``out`` that holds something,
-            an unknown format or values, weights that are not what the codes beside them say.
+            an unknown format or values, weights that are not what the codes beside them say, a check that failed
+            (what was written stays, and its export.json says what failed).
     """
     exporter = plugins.load("exporters", format)
     checkpoint = Checkpoint.open(model, revision, token, cache_dir)
@@ -44,7 +47,29 @@ def export(
         checkpoint, Path(out), values=values, embeddings=embeddings, overwrite=overwrite,
         trust_remote_code=trust_remote_code, progress=progress or Quiet(),
     )  # fmt: skip
-    return {"model": str(model), "out": str(out), "format": format, **result}
+    result = {"model": str(model), "out": str(out), "format": format, **result}
+    if check:
+        _check(exporter, checkpoint, result, trust_remote_code, progress or Quiet())
+    return result
+
+
+def _check(
+    exporter: Any, checkpoint: Checkpoint, result: dict[str, Any], trust_remote_code: bool, progress: Any
+) -> None:
+    """Add what the exporter's check finds to the result and to export.json."""
+    if not hasattr(exporter, "check"):
+        result["warnings"].append(
+            f"format {result['format']} has no --check; `llmsparse eval` loads what it wrote"
+        )
+        return
+    out = Path(result["out"]).expanduser()
+    options = {"trust_remote_code": trust_remote_code, "progress": progress}
+    result["check"] = exporter.check(checkpoint, out, result, **options)
+    export_report.write(out, result)
+    if failed := result["check"]["failed"]:
+        raise UserError(
+            f"{out} is written, but its check failed: {'; '.join(failed)}. See {out / export_report.NAME}"
+        )
 
 
 def _refuse_quantised(checkpoint: Checkpoint, model: str | Path, trust_remote_code: bool) -> None:

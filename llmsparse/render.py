@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmsparse.export_report import show_check
 from llmsparse.figures import byte_size, duration
 from llmsparse.runs import sparsity
 
@@ -165,8 +166,11 @@ def export(result: Row) -> RenderableType:
         *_needs(result.get("device")),
         *(f"warning: {text}" for text in result["warnings"]),
         f"written to {result['out']} in {duration(result['seconds'])}",
-        f"next: {result.get('next') or shlex.join(follow)}",
     ]
+    if "check" in result:
+        lines += show_check(result["check"])
+    if "file" not in result:
+        lines.append(f"next: {result.get('next') or shlex.join(follow)}")
     return Group(_table(("", "before >", "after >", "of it >"), rows), *map(Text, lines))
 
 

@@ -1,0 +1,47 @@
+"""export.json: what an export and its check found, beside the files that it wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmsparse.atomic import write_whole
+from llmsparse.figures import plain
+from llmsparse.report import finite
+
+NAME = "export.json"
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    text = json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(folder / NAME, text + "\n")
+
+
+def show_check(check: dict[str, Any]) -> list[str]:
+    """What a check found, a line each."""
+    found = check["perplexity"]
+    lines = [
+        f"perplexity: source {plain(found['source'])}, export {plain(found['export'])} "
+        f"({found['change']:+.2%}, {check['tolerance']:.1%} allowed), {check['tokens']:,} tokens of {check['text']}",
+        f"zeros: {check['zeros']['source']:.1%} of the source's linear weights, {check['zeros']['export']:.1%} of the "
+        f"file's; {_kept(check['zeros']['kept'])}",
+        f"{check['file_bytes']:,} bytes; {check['says']}",
+    ]
+    if check.get("llama_cpp"):
+        lines += _runtime(check["llama_cpp"])
+    return [*lines, *check["notes"]]
+
+
+def _kept(share: float | None) -> str:
+    return "the source has none" if share is None else f"{share:.1%} of the source's are still zero"
+
+
+def _runtime(ran: dict[str, Any]) -> list[str]:
+    speeds = ", ".join(f"{rate:.1f} tokens/s with {n} thread{'s' * (int(n) > 1)}" for n, rate in
+                       ran["tokens_per_second"].items())  # fmt: skip
+    return [
+        f"llama.cpp: log-probabilities of {ran['positions']} teacher-forced tokens {ran['mean_apart']:.4f} nats apart "
+        f"on average (mean {ran['mean_difference']:+.4f}), {ran['largest_apart']:.3f} at most ({ran['beyond_list']} beyond its list); "
+        f"{ran['same_likeliest']:.1%} likeliest tokens are the same",
+        f"llama.cpp: greedy continuation equal for {ran['greedy_equal']} of {ran['greedy_tokens']} tokens; loads in "
+        f"{ran['load_seconds']:.1f} s; decodes {speeds}",
+    ]

@@ -1,0 +1,158 @@
+"""What a GGUF file is worth: its own tensors in transformers, and the whole of it in llama.cpp."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse import export_check, gguf_file, llama_cpp
+from llmsparse.checkpoint import Checkpoint
+from llmsparse.errors import UserError
+from llmsparse.eval.models import load_model
+from llmsparse.gguf_layout import family_of
+
+POSITIONS = 256  # teacher-forced log-probabilities that are compared
+SPARE = 64  # more are asked for: llama.cpp names no token that is half a character
+PROMPT, GREEDY = 32, 32  # tokens of the continued text, and of its continuation
+APART = {"F32": 0.02, "F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q4_0": 0.1}  # nats a token, the mean, at most
+GAIN = "llama.cpp gains no speed and no memory from zeros: it stores and multiplies every weight"
+
+
+def check(
+    checkpoint: Checkpoint, file: Path, result: dict[str, Any], *, trust_remote_code: bool, progress: Any
+) -> dict[str, Any]:
+    """Perplexity of source and file, parity with llama.cpp where it is installed, zeros, sizes, and what failed.
+
+    One float32 model is in memory: first the source's weights, then the file's in their place.
+    """
+    config, tokenizer = checkpoint.config(trust_remote_code), checkpoint.tokenizer(trust_remote_code)
+    text = export_check.fixed_text(tokenizer, config.max_position_embeddings)
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"), trust_remote_code)
+    source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
+    zeros = _fill(model, checkpoint, file)
+    exported, error = export_check.score(model, text.windows, "perplexity of the file", progress)
+    share, allowed = exported / source - 1, export_check.tolerance(result)
+    zipped = export_check.zipped_share(file)
+    found = {
+        "text": text.label,
+        "tokens": int(text.windows.scored.sum()),
+        "perplexity": {"source": source, "export": exported, "standard_error": error, "change": share},
+        "tolerance": allowed,
+        "zeros": zeros,
+        "file_bytes": file.stat().st_size,
+        "bits_per_weight": result["bits_per_weight"],
+        "zipped_share": zipped,
+        "says": f"{GAIN}; zipped (zlib, level 1) the file shrinks by {1 - zipped:.0%}",
+        "failed": export_check.verdict(share, allowed),
+    }
+    if not llama_cpp.available():
+        missing = f"llama.cpp was not run: the package xllamacpp is not installed; {llama_cpp.INSTALL}"
+        return found | {"llama_cpp": None, "notes": [missing]}
+    progress.start("llama.cpp", 1)
+    parity = _parity(model, file, text, tokenizer)
+    progress.advance("llama.cpp", "")
+    found["failed"] += _failures(parity, max(APART[name] for name in result["layouts"]))
+    return found | {"llama_cpp": parity, "notes": []}
+
+
+@torch.no_grad()
+def _fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
+    """Put the file's tensors in the place of the model's, and count the zeros of the linear weights.
+
+    Raises:
+        UserError: the file lacks a tensor, or has one of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    left = set(parameters)
+    before = after = kept = total = 0
+    config = model.config
+    for name, tensor in gguf_file.weights(file, checkpoint.names(), config, family_of(config)):
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != tensor.shape:
+            raise UserError(
+                f"{file} has {name} as {tuple(tensor.shape)}, which the model does not; export again"
+            )
+        if ".layers." in name and tensor.dim() == 2:
+            was, now = parameter == 0, tensor == 0
+            before, after = before + int(was.sum()), after + int(now.sum())
+            kept, total = kept + int((was & now).sum()), total + tensor.numel()
+        parameter.copy_(tensor)
+        left.discard(name)
+    if left:
+        raise UserError(f"{file} lacks {min(left)}; export again")
+    return {
+        "source": before / total,
+        "export": after / total,
+        "kept": kept / before if before else None,  # of the source's zeros
+    }
+
+
+def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> dict[str, Any]:
+    """llama.cpp's answers beside those of transformers with the same weights."""
+    windows = text.windows
+    ids = windows.ids[0][: POSITIONS + SPARE + 1]
+    positions = list(range(max(1, int(windows.first[0]) + 1), len(ids)))
+    context = min(export_check.CONTEXT, model.config.max_position_embeddings)
+    prompt, sample = ids[:PROMPT].tolist(), text.text[: context - 8]  # no more tokens than letters
+    asked = {"ids": ids.tolist(), "positions": positions, "prompt": prompt, "count": GREEDY}
+    told = llama_cpp.run(file, {**asked, "text": sample, "context": context})
+    ours, likeliest = _logprobs(model, ids)
+    pairs = [
+        (ours[k - 1].item(), theirs) for k, theirs in zip(positions, told["logprobs"], strict=True) if theirs is not None
+    ][:POSITIONS]  # fmt: skip
+    apart = torch.tensor([theirs - own for own, theirs in pairs] or [torch.inf])
+    same = [likeliest[k - 1] == t for k, t in zip(positions, told["likeliest"], strict=True) if t is not None]
+    continued = _greedy(model, prompt, len(told["greedy"]))
+    return {
+        "positions": len(pairs),
+        "beyond_list": told["beyond"],
+        "mean_difference": apart.mean().item(),
+        "mean_apart": apart.abs().mean().item(),
+        "largest_apart": apart.abs().max().item(),
+        "same_likeliest": sum(same) / max(len(same), 1),
+        "greedy_tokens": len(continued),
+        "greedy_equal": _equal(continued, told["greedy"]),
+        "text_tokens": {
+            "transformers": len(tokenizer(sample)["input_ids"]),
+            "llama_cpp": told["text_tokens"],
+        },
+        "load_seconds": told["load_seconds"],
+        "tokens_per_second": told["tokens_per_second"],
+    }
+
+
+@torch.inference_mode()
+def _logprobs(model: Any, ids: Tensor) -> tuple[Tensor, list[int]]:
+    """Of each token after the first: its log-probability; and the likeliest token there."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    found = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    return found, logits.argmax(-1).tolist()
+
+
+@torch.inference_mode()
+def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def _equal(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens are equal before the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+
+
+def _failures(parity: dict[str, Any], allowed: float) -> list[str]:
+    """A continuation that differs is no failure: near ties fall either way."""
+    failed, tokens = [], parity["text_tokens"]
+    if not parity["mean_apart"] <= allowed:
+        failed.append(
+            f"llama.cpp's log-probabilities are {parity['mean_apart']:.3f} nats apart on average, and {allowed} "
+            "is allowed"
+        )
+    if tokens["transformers"] != tokens["llama_cpp"]:
+        failed.append(
+            f"llama.cpp cuts the text into {tokens['llama_cpp']} tokens, transformers into {tokens['transformers']}"
+        )
+    return failed

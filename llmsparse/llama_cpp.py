@@ -1,0 +1,123 @@
+"""A GGUF file in real llama.cpp (the package xllamacpp), in a process of its own: its crash is then one line."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from llmsparse.errors import UserError
+
+INSTALL = "pip install xllamacpp"
+LISTED = 1000  # likeliest tokens whose log-probabilities are asked for
+DECODED = 64  # tokens of a timed continuation
+RUNS = 3  # the fastest counts: others share the machine
+TIMEOUT = 1800  # seconds
+
+
+def available() -> bool:
+    return util.find_spec("xllamacpp") is not None
+
+
+def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp answers to ``request``: see ``answer``.
+
+    Raises:
+        UserError: llama.cpp cannot load the file, or ended without an answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, told = Path(folder, "request.json"), Path(folder, "answer.json")
+        asked.write_text(json.dumps({"file": str(file), **request}))
+        command = [sys.executable, "-m", __name__, str(asked), str(told)]
+        free = {
+            key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
+        }  # the request says
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=free
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"llama.cpp did not answer within {TIMEOUT} s on {file}") from error
+        if done.returncode or not told.is_file():
+            said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [
+                "it said nothing"
+            ]
+            raise UserError(f"llama.cpp cannot run {file} (status {done.returncode}): {said[-1].strip()}")
+        return json.loads(told.read_text())
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Load ``file`` with one thread, then with two.
+
+    ``ids``: teacher-forced tokens; position k's log-probability of ``ids[k]`` after ``ids[:k]``, for k of
+    ``positions``. ``prompt``: ids to continue greedily for ``count`` tokens. ``text``: to be tokenised.
+    Returns ``logprobs`` and ``likeliest`` (None where llama.cpp named no token), ``beyond`` (targets outside the list),
+    ``greedy``, ``text_tokens``, ``load_seconds``, ``tokens_per_second`` by threads.
+    """
+    begun = time.perf_counter()
+    server = _server(request, 1)
+    found: dict[str, Any] = {"load_seconds": time.perf_counter() - begun}
+    listed = [_likeliest(server, request["ids"][:k]) for k in request["positions"]]
+    targets = [request["ids"][k] for k in request["positions"]]
+    found["logprobs"] = [None if row is None else row.get(t) for row, t in zip(listed, targets, strict=True)]
+    found["likeliest"] = [None if row is None else next(iter(row)) for row in listed]
+    found["beyond"] = sum(row is not None and t not in row for row, t in zip(listed, targets, strict=True))
+    found["greedy"] = _greedy(server, request["prompt"], request["count"])
+    found["text_tokens"] = _ask(server, prompt=request["text"], max_tokens=1)["usage"]["prompt_tokens"]
+    speeds = {1: _speed(server, request["prompt"])}
+    del server
+    speeds[2] = _speed(_server(request, 2), request["prompt"])
+    return found | {"tokens_per_second": speeds}
+
+
+def _server(request: dict[str, Any], threads: int) -> Any:
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path = request["file"]
+    options.n_ctx = request["context"]
+    options.n_parallel = 1
+    options.n_gpu_layers = 0
+    options.swa_full = True  # else a sliding cache forgets the prefix, and every position reads it all again
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(options)
+
+
+def _ask(server: Any, **request: Any) -> dict[str, Any]:
+    found = server.handle_completions({"temperature": 0, "cache_prompt": True, **request})
+    if "usage" not in found:
+        raise RuntimeError(f"error: llama.cpp answered {json.dumps(found)[:300]}")
+    return found
+
+
+def _likeliest(server: Any, ids: list[int]) -> dict[int, float] | None:
+    """Token -> log-probability, the likeliest first; None where the first token is half a character.
+
+    llama.cpp leaves such a token out of its answer.
+    """
+    found = _ask(server, prompt=ids, max_tokens=1, logprobs=LISTED)["choices"][0]["logprobs"]
+    if not found or not found["content"]:
+        return None
+    return {row["id"]: row["logprob"] for row in found["content"][0]["top_logprobs"]}
+
+
+def _greedy(server: Any, prompt: list[int], count: int) -> list[int]:
+    """Ends early at half a character."""
+    written: list[int] = []
+    while len(written) < count and (row := _likeliest(server, prompt + written)) is not None:
+        written.append(next(iter(row)))
+    return written
+
+
+def _speed(server: Any, prompt: list[int]) -> float:
+    _ask(server, prompt=prompt, max_tokens=8, ignore_eos=True)  # the first tokens fill caches
+    runs = [_ask(server, prompt=prompt, max_tokens=DECODED, ignore_eos=True) for _ in range(RUNS)]
+    return max(float(found["timings"]["predicted_per_second"]) for found in runs)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))
