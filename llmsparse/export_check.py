@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llmsparse.eval.forward import forward_of
 from llmsparse.eval.fidelity import NLL, window_scores
+from llmsparse.eval.forward import forward_of
 from llmsparse.eval.perplexity import perplexity
 from llmsparse.eval.text import load_text
 from llmsparse.eval.windows import Windows, cut_windows
@@ -15,7 +15,11 @@ from llmsparse.eval.windows import Windows, cut_windows
 TOKENS = 8192
 CONTEXT = 1024
 CHUNK = 1 << 22  # bytes that are compressed at a time
-LOSES = {"F32": 0.001, "F16": 0.001, "BF16": 0.001, "Q8_0": 0.02, "Q4_0": 0.6}  # of the perplexity, at most
+LOSES = {  # of the perplexity, at most
+    **dict.fromkeys(("F32", "F16", "BF16"), 0.001),
+    **dict.fromkeys(("Q8_0", "W8A16"), 0.02),
+    **dict.fromkeys(("Q4_0", "W4A16"), 0.6),
+}
 EXACT = 0.001  # the same where the codes lay beside the model: nothing was rounded
 
 

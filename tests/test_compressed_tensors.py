@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from llmsparse import plugins
 from llmsparse.errors import UserError
 from llmsparse.export import export
+from llmsparse.exporters import compressed_tensors
 from llmsparse.gridfile import GridFile
 from tests.packed_tiny import IDS, add_grid, sparse
 from tests.pruned import tensors
@@ -110,3 +111,22 @@ def test_its_name_is_spoken_with_a_hyphen() -> None:
     assert {"compressed-tensors", "packed"} <= set(plugins.names("exporters"))
     with pytest.raises(UserError, match="compressed-tensors"):
         plugins.load("exporters", "compressed_tensor")
+
+
+def test_the_check_measures_the_files_beside_the_source(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    source = sparse(tmp_path / "source")
+    add_grid(source, "int4:32")
+    result = export(source, tmp_path / "out", format="compressed-tensors", check=True)
+    found = result["check"]
+    assert found["failed"] == [] and abs(found["perplexity"]["change"]) < 1e-3
+    assert found["zeros"]["kept"] == 1.0 and found["zeros"]["source"] >= 0.5
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["check"]["tokens"] == found["tokens"]
+
+
+def test_a_check_without_the_package_says_what_to_install(tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
+    monkeypatch.setattr(compressed_tensors.util, "find_spec", lambda name: None)
+    source = sparse(tmp_path / "source")
+    with pytest.raises(UserError, match="pip install 'llmsparse.compressed-tensors.'"):
+        export(source, tmp_path / "out", format="compressed-tensors", values="int8", check=True)
+    assert (tmp_path / "out" / "model.safetensors").is_file()

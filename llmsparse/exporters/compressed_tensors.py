@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmsparse import pieces
+from llmsparse import export_check, pieces
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
+from llmsparse.eval.models import load_model
 from llmsparse.heap import return_freed_memory
 from llmsparse.packing import Candidate, Numbers, candidates
 from llmsparse.pieces import Piece
@@ -20,6 +22,7 @@ from llmsparse.values import Values
 from llmsparse.writer import Writer, disk_errors
 
 NOTE = "no runtime of this format gains speed or memory from zeros: every weight is stored; a zipped download is smaller"
+NAMES = {8: "W8A16", 4: "W4A16"}
 
 
 def export(
@@ -65,12 +68,68 @@ def export(
             return_freed_memory()
             progress.advance("packing", candidate.path)
         config = _config(skeleton, chosen, _one(kinds))
-        result = _result(skeleton, made, [*found.warnings, *numbers.warnings, NOTE])
+        result = _result(skeleton, made, _one(kinds), [*found.warnings, *numbers.warnings, NOTE])
         result |= {"values": numbers.describe(), "seconds": round(time.perf_counter() - begun, 2)}
         pieces.write(checkpoint, made, out, overwrite, config, result)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
     return result
+
+
+def check(
+    checkpoint: Checkpoint, out: Path, result: dict[str, Any], *, trust_remote_code: bool, progress: Any
+) -> dict[str, Any]:
+    """Perplexity of the source and of what transformers makes of the files, zeros, sizes, and what failed.
+
+    Raises:
+        UserError: the package compressed-tensors is not installed.
+    """
+    if util.find_spec("compressed_tensors") is None:
+        raise UserError(
+            f"{out} is written, but its check needs compressed-tensors; pip install 'llmsparse[compressed-tensors]'"
+        )
+    config, tokenizer = checkpoint.config(trust_remote_code), checkpoint.tokenizer(trust_remote_code)
+    text = export_check.fixed_text(tokenizer, config.max_position_embeddings)
+    cpu, single = torch.device("cpu"), torch.float32
+    model = load_model(checkpoint, single, cpu, trust_remote_code)
+    source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
+    places = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name
+    ]
+    before = {name: model.get_submodule(name).weight == 0 for name in places}
+    del model
+    begun = time.perf_counter()
+    exported = load_model(Checkpoint.open(out), single, cpu, trust_remote_code)
+    seconds = time.perf_counter() - begun
+    found, error = export_check.score(exported, text.windows, "perplexity of the files", progress)
+    after = {
+        name: exported.get_submodule(name).weight == 0 for name in places
+    }  # unpacked by the first forward pass
+    change, allowed = found / source - 1, export_check.tolerance(result)
+    files = sorted(out.glob("*.safetensors"))
+    zipped = sum(export_check.zipped_share(f) * f.stat().st_size for f in files) / result["bytes"]["after"]
+    return {
+        "text": text.label,
+        "tokens": int(text.windows.scored.sum()),
+        "perplexity": {"source": source, "export": found, "standard_error": error, "change": change},
+        "tolerance": allowed,
+        "zeros": _zeros(before, after),
+        "file_bytes": result["bytes"]["after"],
+        "bits_per_weight": result["bits_per_weight"],
+        "load_seconds": seconds,
+        "zipped_share": zipped,
+        "says": f"{NOTE}: zipped (zlib, level 1) it shrinks by {1 - zipped:.0%}",
+        "failed": export_check.verdict(change, allowed),
+        "notes": [f"transformers loads it in {seconds:.1f} s; vLLM was not run"],
+    }
+
+
+def _zeros(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any]:
+    """Shares of linear weights that are zero, and of the source's zeros those that still are."""
+    had, have = sum(int(z.sum()) for z in before.values()), sum(int(z.sum()) for z in after.values())
+    total = sum(z.numel() for z in before.values())
+    kept = sum(int((before[name] & after[name]).sum()) for name in before)
+    return {"source": had / total, "export": have / total, "kept": kept / had if had else None}
 
 
 def packed(candidate: Candidate, kind: Values, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
@@ -129,7 +188,7 @@ def _config(skeleton: Skeleton, chosen: list[Candidate], kind: Values) -> dict[s
     }
 
 
-def _result(skeleton: Skeleton, made: list[Piece], warnings: list[str]) -> dict[str, Any]:
+def _result(skeleton: Skeleton, made: list[Piece], kind: Values, warnings: list[str]) -> dict[str, Any]:
     """Bytes before and after: of everything, of linear weights, of the embedding and output tables."""
     checkpoint = skeleton.checkpoint
     sizes = {
@@ -148,6 +207,6 @@ def _result(skeleton: Skeleton, made: list[Piece], warnings: list[str]) -> dict[
         "embeddings": {"before": tables, "after": tables},
         "linear_parameters": parameters,
         "bits_per_weight": 8 * sum(sizes.values()) / max(parameters, 1),
-        "layouts": {"pack-quantized": len(made)},
+        "layouts": {NAMES[kind.bits]: len(made)},
         "warnings": warnings,
     }
