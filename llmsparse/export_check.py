@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llmsparse.eval.forward import forward_of
 from llmsparse.eval.fidelity import NLL, window_scores
+from llmsparse.eval.forward import forward_of
 from llmsparse.eval.perplexity import perplexity
 from llmsparse.eval.text import load_text
 from llmsparse.eval.windows import Windows, cut_windows

@@ -70,7 +70,9 @@ def _fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
     for name, tensor in gguf_file.weights(file, checkpoint.names(), config, family_of(config)):
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != tensor.shape:
-            raise UserError(f"{file} has {name} as {tuple(tensor.shape)}, which the model does not; export again")
+            raise UserError(
+                f"{file} has {name} as {tuple(tensor.shape)}, which the model does not; export again"
+            )
         if ".layers." in name and tensor.dim() == 2:
             was, now = parameter == 0, tensor == 0
             before, after = before + int(was.sum()), after + int(now.sum())
@@ -111,7 +113,10 @@ def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> 
         "same_likeliest": sum(same) / max(len(same), 1),
         "greedy_tokens": len(continued),
         "greedy_equal": _equal(continued, told["greedy"]),
-        "text_tokens": {"transformers": len(tokenizer(sample)["input_ids"]), "llama_cpp": told["text_tokens"]},
+        "text_tokens": {
+            "transformers": len(tokenizer(sample)["input_ids"]),
+            "llama_cpp": told["text_tokens"],
+        },
         "load_seconds": told["load_seconds"],
         "tokens_per_second": told["tokens_per_second"],
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmsparse.errors import UserError
 
-INSTALL = "pip install xllamacpp"
+INSTALL = "pip install 'llmsparse[gguf-check]'"
 LISTED = 1000  # likeliest tokens whose log-probabilities are asked for
 DECODED = 64  # tokens of a timed continuation
 RUNS = 3  # the fastest counts: others share the machine
@@ -33,7 +33,9 @@ def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
         asked, told = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps({"file": str(file), **request}))
         command = [sys.executable, "-m", __name__, str(asked), str(told)]
-        free = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # the request says
+        free = {
+            key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
+        }  # the request says
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=free
@@ -41,7 +43,9 @@ def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
         except subprocess.TimeoutExpired as error:
             raise UserError(f"llama.cpp did not answer within {TIMEOUT} s on {file}") from error
         if done.returncode or not told.is_file():
-            said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["it said nothing"]
+            said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [
+                "it said nothing"
+            ]
             raise UserError(f"llama.cpp cannot run {file} (status {done.returncode}): {said[-1].strip()}")
         return json.loads(told.read_text())
 

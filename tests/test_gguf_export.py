@@ -237,7 +237,7 @@ def test_check_finds_the_codes_perplexity_and_says_when_llama_cpp_is_missing(
     found = result["check"]
     assert found["perplexity"]["export"] == pytest.approx(found["perplexity"]["source"], rel=1e-3)
     assert found["notes"] == [
-        "llama.cpp was not run: the package xllamacpp is not installed; pip install xllamacpp"
+        "llama.cpp was not run: the package xllamacpp is not installed; pip install 'llmsparse[gguf-check]'"
     ]
     assert found["zeros"]["kept"] == 1.0 and found["zeros"]["export"] >= 0.5
     assert json.loads((tmp_path / "out" / "export.json").read_text())["check"]["tokens"] == found["tokens"]
@@ -246,7 +246,9 @@ def test_check_finds_the_codes_perplexity_and_says_when_llama_cpp_is_missing(
 def test_check_fails_loudly_and_the_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp, "available", lambda: False)
     monkeypatch.setattr("llmsparse.gguf_layout.Place.from_file", lambda _, tensor: tensor)
-    with pytest.raises(UserError, match=r"out is written, but its check failed: perplexity is .* off the source's"):
+    with pytest.raises(
+        UserError, match=r"out is written, but its check failed: perplexity is .* off the source's"
+    ):
         export(model(tmp_path / "sparse"), tmp_path / "out", format="gguf", check=True)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["check"]["failed"]
     assert list((tmp_path / "out").glob("*.gguf"))
