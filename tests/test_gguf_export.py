@@ -266,3 +266,15 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, family: str) 
     found = export(tmp_path / "sparse", tmp_path / "out", format="gguf", check=True)["check"]["llama_cpp"]
     assert found["positions"] > 100 and not found["beyond_list"]
     assert found["mean_apart"] < 0.01 and found["same_likeliest"] > 0.95
+
+
+def test_llama_cpp_computes_smollm2_as_transformers_does(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("llmsparse.export_check.TOKENS", 1024)
+    found = export(smollm2, tmp_path / "out", format="gguf", check=True)["check"]
+    ran = found["llama_cpp"]
+    assert abs(found["perplexity"]["change"]) < 1e-3
+    assert ran["positions"] == 256 and ran["mean_apart"] < 0.02 and ran["greedy_equal"] >= 16
+    assert ran["text_tokens"]["transformers"] == ran["text_tokens"]["llama_cpp"]
