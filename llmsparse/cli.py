@@ -46,7 +46,7 @@ SHELLS = {
     "export": Shell(
         "llmsparse.export",
         "export",
-        "Write MODEL into OUT in a format that its zeros make small.",
+        "Write MODEL into OUT: packed, which its zeros make small, or GGUF for llama.cpp.",
     ),
     "generate": Shell(
         "llmsparse.generate", "generate", "Continue a prompt with MODEL: dense, pruned or packed."
@@ -121,7 +121,8 @@ HELP_OF = {  # where a name means less than it does to prune
     (
         "export",
         "values",
-    ): "bf16, fp16, fp32, int8, int4:32 (default: the codes beside MODEL, else bit for bit)",
+    ): "bf16, fp16, fp32, int8, int4:32 (default: the codes beside MODEL, else bit for bit; gguf: fp16)",
+    ("export", "check"): "measure what was written, in its own runtime too; fail where it differs too much",
     ("export", "embeddings"): "keep, int8, int4:32 (default: as the codes, else int8 with integer values)",
     ("generate", "seed"): "draws the same tokens again",
     ("demo", "samples"): "calibration windows",

@@ -28,7 +28,7 @@ def export(
     """Write ``model`` into the new folder ``out`` in ``format``, tensor by tensor; it appears whole or not at all.
 
     ``values``: how kept weights are stored: ``bf16``, ``fp16``, ``fp32`` (bit for bit), ``int8``, ``int4:32``...;
-    default: the codes beside the model where prune or quantize wrote some, else the dtype that they have.
+    default: the codes beside the model where prune or quantize wrote some, else the dtype that they have (gguf: fp16).
     ``embeddings``: ``keep``, ``int8``, ``int4:32``...; default: as the codes beside the model, else int8 with integer
     values. ``check``: measure what was written, in its own runtime where that is installed, beside the source.
     Returns ``bytes``, ``linear``, ``embeddings`` (bytes before and after), ``bits_per_weight``, ``layouts``

@@ -41,7 +41,8 @@ def _runtime(ran: dict[str, Any]) -> list[str]:
     return [
         f"llama.cpp: log-probabilities of {ran['positions']} teacher-forced tokens {ran['mean_apart']:.4f} nats apart "
         f"on average (mean {ran['mean_difference']:+.4f}), {ran['largest_apart']:.3f} at most "
-        f"({ran['beyond_list']} beyond its list); {ran['same_likeliest']:.1%} likeliest tokens are the same",
+        f"({ran['beyond_list']} beyond its list); "
+        f"{ran['same_likeliest']:.1%} likeliest tokens are the same",
         f"llama.cpp: greedy continuation equal for {ran['greedy_equal']} of {ran['greedy_tokens']} tokens; loads in "
         f"{ran['load_seconds']:.1f} s; decodes {speeds}",
     ]

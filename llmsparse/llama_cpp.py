@@ -12,7 +12,7 @@ from typing import Any
 
 from llmsparse.errors import UserError
 
-INSTALL = "pip install xllamacpp"
+INSTALL = "pip install 'llmsparse[gguf-check]'"
 LISTED = 1000  # likeliest tokens whose log-probabilities are asked for
 DECODED = 64  # tokens of a timed continuation
 RUNS = 3  # the fastest counts: others share the machine

@@ -237,7 +237,7 @@ def test_check_finds_the_codes_perplexity_and_says_when_llama_cpp_is_missing(
     found = result["check"]
     assert found["perplexity"]["export"] == pytest.approx(found["perplexity"]["source"], rel=1e-3)
     assert found["notes"] == [
-        "llama.cpp was not run: the package xllamacpp is not installed; pip install xllamacpp"
+        "llama.cpp was not run: the package xllamacpp is not installed; pip install 'llmsparse[gguf-check]'"
     ]
     assert found["zeros"]["kept"] == 1.0 and found["zeros"]["export"] >= 0.5
     assert json.loads((tmp_path / "out" / "export.json").read_text())["check"]["tokens"] == found["tokens"]
@@ -266,3 +266,15 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, family: str) 
     found = export(tmp_path / "sparse", tmp_path / "out", format="gguf", check=True)["check"]["llama_cpp"]
     assert found["positions"] > 100 and not found["beyond_list"]
     assert found["mean_apart"] < 0.01 and found["same_likeliest"] > 0.95
+
+
+def test_llama_cpp_computes_smollm2_as_transformers_does(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("llmsparse.export_check.TOKENS", 1024)
+    found = export(smollm2, tmp_path / "out", format="gguf", check=True)["check"]
+    ran = found["llama_cpp"]
+    assert abs(found["perplexity"]["change"]) < 1e-3
+    assert ran["positions"] == 256 and ran["mean_apart"] < 0.02 and ran["greedy_equal"] >= 16
+    assert ran["text_tokens"]["transformers"] == ran["text_tokens"]["llama_cpp"]

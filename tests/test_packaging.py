@@ -49,7 +49,11 @@ def test_the_wheel_holds_every_module_of_every_package_folder(wheel: Path) -> No
 
 def test_the_wheel_holds_what_is_read_beside_the_modules(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for file in (*PACKAGE.glob("eval/tasks/*.yaml"), *PACKAGE.glob("*.jinja"), *PACKAGE.glob("exporters/*.c")):
+    for file in (
+        *PACKAGE.glob("eval/tasks/*.yaml"),
+        *PACKAGE.glob("*.jinja"),
+        *PACKAGE.glob("exporters/*.c"),
+    ):
         assert file.relative_to(ROOT).as_posix() in names
 
 
