@@ -46,7 +46,7 @@ SHELLS = {
     "export": Shell(
         "llmsparse.export",
         "export",
-        "Write MODEL into OUT: packed, which its zeros make small, or GGUF for llama.cpp.",
+        "Write MODEL into OUT: packed, GGUF, compressed-tensors or C.",
     ),
     "generate": Shell(
         "llmsparse.generate", "generate", "Continue a prompt with MODEL: dense, pruned or packed."

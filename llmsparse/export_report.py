@@ -6,12 +6,13 @@ from typing import Any
 
 from llmsparse.atomic import write_whole
 from llmsparse.figures import plain
-from llmsparse.report import finite
 
 NAME = "export.json"
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
+    from llmsparse.report import finite  # brings torch, which lines for a terminal do not need
+
     text = json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(folder / NAME, text + "\n")
 

@@ -298,7 +298,7 @@ def test_output_is_the_same_twice_and_appears_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = sparse(tmp_path / "sparse")
-    result = export(source, tmp_path / "o", format="c_header")
+    result = export(source, tmp_path / "o", format="c-header")
     before = {file.name: file.read_bytes() for file in (tmp_path / "o").iterdir() if file.suffix != ".json"}
     assert sorted(before) == ["llama.c", "model.h"]
     assert result["device"]["flash_bytes"] < result["bytes"]["after"]
