@@ -15,7 +15,7 @@ from llmsparse.gguf_layout import family_of
 POSITIONS = 256  # teacher-forced log-probabilities that are compared
 SPARE = 64  # more are asked for: llama.cpp names no token that is half a character
 PROMPT, GREEDY = 32, 32  # tokens of the continued text, and of its continuation
-APART = {"F32": 0.02, "F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q4_0": 0.1}  # nats a token, the mean, at most
+APART = {"F32": 0.02, "F16": 0.02, "BF16": 0.02, "Q8_0": 0.2, "Q4_0": 0.2}  # nats a token, the mean, at most
 GAIN = "llama.cpp gains no speed and no memory from zeros: it stores and multiplies every weight"
 
 

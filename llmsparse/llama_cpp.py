@@ -14,7 +14,7 @@ from llmsparse.errors import UserError
 
 INSTALL = "pip install 'llmsparse[gguf-check]'"
 LISTED = 1000  # likeliest tokens whose log-probabilities are asked for
-DECODED = 64  # tokens of a timed continuation
+DECODED = 32  # tokens of a timed continuation
 RUNS = 3  # the fastest counts: others share the machine
 TIMEOUT = 1800  # seconds
 
