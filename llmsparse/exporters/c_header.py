@@ -256,7 +256,10 @@ def _tables(arrays: Arrays, matrices: dict[str, Matrix], skeleton: Skeleton, lay
 def last_tokens(skeleton: Skeleton) -> list[int]:
     """Ids that end a text, as transformers' generate takes them; [-1] where there are none."""
     file = skeleton.checkpoint.folder / "generation_config.json"
-    found = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+    try:
+        found = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}); mend or remove it") from error
     found = skeleton.config.eos_token_id if found is None else found
     return [-1] if found is None else list(found) if isinstance(found, list) else [found]
 
