@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-from llmsparse.calibration import FORMS, builtin_documents, documents
+from llmsparse.documents import FORMS, builtin_documents, documents
 from llmsparse.errors import UserError
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1:test"

@@ -23,8 +23,8 @@ def dense(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str) -> T
     """The weight (out, in) in float64."""
     masks, stored, _, bases, scales = tensors
     kept = (masks[:, :, None] >> torch.arange(32, device=masks.device) & 1).bool().flatten(1)
-    if values in ("bf16", "fp16"):
-        numbers = stored.view(widen.float_of(values)).double()
+    if values in widen.FLOATS:
+        numbers = stored.view(widen.FLOATS[values]).double()
     else:
         numbers = stored.view(torch.uint8)
         if values != "int8":

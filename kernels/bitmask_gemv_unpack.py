@@ -73,7 +73,7 @@ def unpack(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, out
     """Fills ``out`` (out, in), contiguous, with the weight."""
     masks, stored, starts, bases, scales = tensors
     words = masks.shape[1]
-    raw = values in ("bf16", "fp16") and out.dtype == widen.float_of(values)
+    raw = out.dtype == widen.FLOATS.get(values)
     bitmask_gemv_unpack[(-(-shape[0] // ROWS), words * 8 // LANES)](
         masks, stored, starts, bases, scales, out.view(torch.int16) if raw else out, *shape, words, scales.shape[1],
         **constants(values), ROWS=ROWS, LANES=LANES, RAW=raw, num_warps=WARPS, num_stages=1, enable_fp_fusion=True,

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: what the offline compiler, the tests of its machine code and the tuner need to know."""
+"""How a Triton kernel is launched: what compiling it without a GPU needs, and the tests of its machine code."""
 
 import os
 from typing import Any, NamedTuple

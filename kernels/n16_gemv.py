@@ -23,14 +23,8 @@ def dense(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str) -> T
     """The weight (out, in) in float64."""
     words, places, scales = tensors
     rows, groups, half = places.shape
-    lanes, share = lanes_of(groups * half), share_of(values)
-    if share == 1:
-        kept = words.view(widen.float_of(values)).view(rows, -1, 2).double()
-    else:
-        stored = words.view(torch.uint8)
-        stored = torch.stack([stored & 15, stored >> 4], 2) if share == 4 else stored
-        kept = stored.view(rows, -1, lanes, share, 2).transpose(2, 3).reshape(rows, -1, 2).double()
-        kept -= 128 if share == 2 else 8
+    lanes = lanes_of(groups * half)
+    kept = widen.pairs_of(words, values, lanes)
     pairs = places.view(rows, -1, lanes, 4).transpose(2, 3).reshape(rows, -1)
     at = torch.stack([pairs & 15, pairs >> 4], 2).view(rows, groups, -1).long()
     weight = torch.zeros(rows, groups, 16, dtype=torch.float64, device=at.device)
@@ -147,11 +141,6 @@ def lanes_of(pairs: int) -> int:
     return 16 if pairs % 64 == 0 else 8
 
 
-def share_of(values: str) -> int:
-    """Pairs that share an int32."""
-    return {"int8": 2, "int4": 4}.get(widen.kind_of(values), 1)
-
-
 def constants(values: str, half: int, lanes: int) -> dict:
     return {"KIND": widen.kind_of(values), "GROUP": widen.group_of(values), "HALF": half, "LANES": lanes}
 
@@ -176,17 +165,15 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     unit = 32 // math.gcd(32, half)
     wide = -(-columns // (32 * unit)) * 2 * unit
     groups = wide if wide * 16 <= 1.05 * columns else -(-columns // (16 * unit)) * unit
-    rows, lanes, share = -(-out // PAD_ROWS) * PAD_ROWS, lanes_of(groups * half), share_of(values)
+    rows, lanes = -(-out // PAD_ROWS) * PAD_ROWS, lanes_of(groups * half)
     filled = torch.zeros(rows, 16 * groups, dtype=numbers.dtype, device=numbers.device)
     filled[:out, :columns] = numbers
     kept, at = kept_of(filled.view(-1, 16), 2 * half)
     places = (at[:, 0::2] | at[:, 1::2] << 4).view(rows, -1, 4, lanes).transpose(2, 3)
-    if share > 1:
-        kept = widen.biased(kept, values).view(rows, -1, share, lanes, 2).transpose(2, 3).contiguous()
-        kept = kept if share == 2 else kept[..., 0] | kept[..., 1] << 4
     scale_columns = -(-16 * groups // (widen.group_of(values) or 16 * groups))
     scales = widen.padded(scales, rows, scale_columns, numbers.device)
-    return kept.view(rows, -1).view(torch.int32), places.contiguous().view(rows, groups, half), scales
+    words = widen.interleaved(kept.view(rows, -1, 2), values, lanes)
+    return words, places.contiguous().view(rows, groups, half), scales
 
 
 def kept_of(groups: Tensor, kept: int) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def unpack(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, out
     """Fills ``out`` (out, in), contiguous, with the weight."""
     words, places, scales = tensors
     _, groups, half = places.shape
-    raw = values in ("bf16", "fp16") and out.dtype == widen.float_of(values)
+    raw = out.dtype == widen.FLOATS.get(values)
     n16_gemv_unpack[(-(-shape[0] // ROWS), -(-shape[1] // (16 * GROUPS * STEPS)))](
         words, places, scales, out.view(torch.int32), *shape, groups, scales.shape[1],
         **constants(values, half, lanes_of(groups * half)), ROWS=ROWS, GROUPS=GROUPS, STEPS=STEPS,

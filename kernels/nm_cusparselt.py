@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from llmsparse.kernels import trial, two_of_four
+from llmsparse.kernels.widen import FLOATS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-INPUTS = {values: (dtype,) for values, dtype in DTYPES.items()}  # of values
+INPUTS = {values: (dtype,) for values, dtype in FLOATS.items()}  # of values
 MULTIPLE = 16  # of rows and columns, which cuSPARSELt asks of 16-bit weights
 TOKENS = 8  # and of tokens
 
 
 def why_not(numbers: Tensor, values: str) -> str | None:
     """Why cuSPARSELt cannot hold a weight; None where it can."""
-    if values not in DTYPES:
+    if values not in FLOATS:
         return f"cuSPARSELt takes bf16 and fp16 here, not {values}"
     if any(size % MULTIPLE for size in numbers.shape):
         return f"cuSPARSELt needs rows and inputs in multiples of {MULTIPLE}, not {list(numbers.shape)}"
@@ -35,7 +35,7 @@ def usable(device: torch.device, values: str, inputs: torch.dtype) -> str | None
 
 def pack(numbers: Tensor, values: str, scales: Tensor | None = None) -> tuple[Tensor]:
     """cuSPARSELt's own compressed form: kept values, then metadata; 1.125 bytes a weight."""
-    return (torch._cslt_compress(numbers.view(DTYPES[values])),)
+    return (torch._cslt_compress(numbers.view(FLOATS[values])),)
 
 
 def search(tensors: Sequence[Tensor], x: Tensor) -> int:

@@ -21,16 +21,10 @@ def dense(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str) -> T
     """The weight (out, in) in float64."""
     words, codes, scales = tensors
     rows, groups = len(codes), codes.shape[1] * 8
-    lanes, share = lanes_of(groups), share_of(values)
+    lanes = lanes_of(groups)
     shifts = 4 * torch.arange(8, device=codes.device)
     places = (codes.view(rows, -1, 1, lanes) >> shifts[:, None]).reshape(rows, groups)
-    if share == 1:
-        kept = words.view(widen.float_of(values)).view(rows, groups, 2).double()
-    else:
-        stored = words.view(torch.uint8)
-        stored = torch.stack([stored & 15, stored >> 4], 2) if share == 4 else stored
-        kept = stored.view(rows, -1, lanes, share, 2).transpose(2, 3).reshape(rows, groups, 2).double()
-        kept -= 128 if share == 2 else 8
+    kept = widen.pairs_of(words, values, lanes)
     weight = torch.zeros(rows, groups, 4, dtype=torch.float64, device=codes.device)
     weight.scatter_(2, torch.stack([places & 3, (places >> 2 & 3) + 1], 2).long(), kept)
     return widen.scaled(weight.view(rows, -1)[: shape[0], : shape[1]], scales, values)
@@ -136,11 +130,6 @@ def lanes_of(groups: int) -> int:
     return 16 if groups % 128 == 0 else 8
 
 
-def share_of(values: str) -> int:
-    """Groups whose kept values share an int32."""
-    return {"int8": 2, "int4": 4}.get(widen.kind_of(values), 1)
-
-
 def constants(values: str, lanes: int) -> dict:
     return {"KIND": widen.kind_of(values), "GROUP": widen.group_of(values), "LANES": lanes}
 
@@ -156,7 +145,7 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     out, columns = numbers.shape
     wide = -(-columns // (8 * PAD_GROUPS)) * 2 * PAD_GROUPS
     groups = wide if wide * 4 <= 1.05 * columns else -(-columns // (4 * PAD_GROUPS)) * PAD_GROUPS
-    rows, lanes, share = -(-out // PAD_ROWS) * PAD_ROWS, lanes_of(groups), share_of(values)
+    rows, lanes = -(-out // PAD_ROWS) * PAD_ROWS, lanes_of(groups)
     filled = torch.zeros(rows, 4 * groups, dtype=numbers.dtype, device=numbers.device)
     filled[:out, :columns] = numbers
     kept, of_four = two_of_four.compress(filled)
@@ -164,12 +153,9 @@ def pack(numbers: Tensor, values: str, scales: Tensor | None) -> tuple[Tensor, .
     codes = torch.zeros(places[:, :, 0].shape, dtype=torch.int32, device=numbers.device)
     for part in range(8):
         codes |= places[:, :, part].to(torch.int32) << (4 * part)
-    if share > 1:
-        kept = widen.biased(kept, values).view(rows, -1, share, lanes, 2).transpose(2, 3).contiguous()
-        kept = kept if share == 2 else kept[..., 0] | kept[..., 1] << 4
     scale_columns = -(-4 * groups // (widen.group_of(values) or 4 * groups))
     scales = widen.padded(scales, rows, scale_columns, numbers.device)
-    return kept.view(rows, -1).view(torch.int32), codes.view(rows, -1), scales
+    return widen.interleaved(kept, values, lanes), codes.view(rows, -1), scales
 
 
 def launches() -> list[Launch]:

@@ -71,7 +71,7 @@ def unpack(tensors: tuple[Tensor, ...], shape: tuple[int, int], values: str, out
     words, codes, scales = tensors
     groups = codes.shape[1] * 8
     lanes = lanes_of(groups)
-    raw = widen.group_of(values) == 0 and values != "int8" and out.dtype == widen.float_of(values)
+    raw = out.dtype == widen.FLOATS.get(values)
     nm_gemv_unpack[(-(-shape[0] // ROWS), groups // (8 * lanes))](
         words, codes, scales, out.view(torch.int16) if raw else out, *shape, groups, scales.shape[1],
         **constants(values, lanes), ROWS=ROWS, RAW=raw, num_warps=WARPS, num_stages=1, enable_fp_fusion=True,

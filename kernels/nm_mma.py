@@ -17,6 +17,7 @@ from torch import Tensor
 from llmsparse.kernels import bytes_to_halves, nm_mma_inputs, splits, trial, two_of_four
 from llmsparse.kernels.bytes_to_halves import widen, widen_by_hand
 from llmsparse.kernels.launch import Launch, interprets
+from llmsparse.kernels.widen import FLOATS
 
 MAX_TOKENS = 32
 WARPS = 4
@@ -24,12 +25,12 @@ ROWS = 16 * WARPS  # of a program
 PAIR = 64  # inputs of two steps, whose metadata share a word
 UNROLL = 2  # pairs of steps in a turn of the loop: loads in flight
 TURN = 4  # pairs of steps that a program takes at least
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# of values: the inputs that they are multiplied by
 INPUTS = {
     "bf16": (torch.bfloat16,),
     "fp16": (torch.float16,),
     "int8": (torch.bfloat16, torch.float16),
-}  # of values
+}
 CONSTRAINTS = "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r"
 # a lane holds a row of four words, in order, whether they come one, two or four at a time
 LAYOUT = r"sizePerThread = \[1, [124]\], threadsPerWarp = \[32, 1\], warpsPerCTA = \[{warps}, 1\], order = .*"
@@ -93,8 +94,8 @@ def unpacked(tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
 def dense(tensors: Sequence[Tensor], shape: tuple[int, int], values: str) -> Tensor:
     """The weight (out, in): as stored, or code times scale in float32."""
     numbers = unpacked(tensors, shape).contiguous()
-    if values in DTYPES:
-        return numbers.view(DTYPES[values])
+    if values in FLOATS:
+        return numbers.view(FLOATS[values])
     return numbers.float() * tensors[2][: shape[0], None] + 0.0  # no zero is negative
 
 
@@ -226,9 +227,8 @@ def linear(
     (fragments, metadata), (rows, columns), tokens = tensors[:2], shape, len(x)
     blocks, pairs = metadata.shape[:2]
     tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    packed = (
-        tiles > 1 or columns != pairs * PAIR
-    )  # a tile alone: reading what packing saves is cheaper than a launch
+    # a tile alone: reading what packing saves is cheaper than a launch
+    packed = tiles > 1 or columns != pairs * PAIR
     words = x.view(torch.int32)
     inputs = nm_mma_inputs.in_order_of_lanes(words, tiles, pairs * 2) if packed else words
     parts, each = splits.shares(blocks, -(-pairs // TURN), programs)

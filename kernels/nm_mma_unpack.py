@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmsparse.kernels import nm_mma
 from llmsparse.kernels.launch import Launch
+from llmsparse.kernels.widen import FLOATS
 
 
 def reference(tensors: Sequence[Tensor], shape: tuple[int, int], values: str) -> Tensor:
@@ -56,7 +57,7 @@ def _weight(code, scale):
 def unpack(tensors: Sequence[Tensor], shape: tuple[int, int], values: str, out: Tensor) -> None:
     """Write the weight into ``out`` (out, in), contiguous, of the weight's dtype (any for codes)."""
     fragments, metadata = tensors[:2]
-    codes = values not in nm_mma.DTYPES
+    codes = values not in FLOATS
     blocks, pairs = metadata.shape[:2]
     kernel[(pairs, blocks)](
         fragments.view(torch.int16) if codes else fragments, metadata, tensors[-1],

@@ -22,7 +22,6 @@ class Call(NamedTuple):
 
 
 CALLS = (Call(1, 70, 1024, 1), Call(8, 70, 1024, 1 << 20))
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def wrong(
@@ -45,7 +44,7 @@ def wrong(
         if reason := _far(found, x.double() @ dense.T):
             return f"its product of {call.tokens} tokens is wrong by {reason}"
         if unpacking is not None:
-            out = torch.empty(shape, dtype=DTYPES.get(values, inputs), device=device)
+            out = torch.empty(shape, dtype=widen.FLOATS.get(values, inputs), device=device)
             unpacking.unpack(packed, shape, values, out)
             if reason := _far(out, dense):
                 return f"the weight that it unpacks is wrong by {reason}"
@@ -58,8 +57,8 @@ def weight(values: str, shape: tuple[int, int], device: torch.device) -> tuple[T
     floats = torch.randn(shape, generator=random)
     lost = floats.view(shape[0], -1, 4).abs().argsort(2).argsort(2) < 2
     floats.masked_fill_(lost.view(shape), 0.0)
-    if values in DTYPES:
-        stored = floats.to(DTYPES[values])
+    if values in widen.FLOATS:
+        stored = floats.to(widen.FLOATS[values])
         return stored.view(torch.int16).to(device), None, stored.double().to(device)
     most, group = (127, shape[1]) if values == "int8" else (7, min(widen.group_of(values), shape[1]))
     scales = torch.rand(shape[0], -(-shape[1] // group), generator=random).bfloat16()

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 KINDS = ("bf16", "fp16", "int8", "int4")
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def kind_of(values: str) -> str:
@@ -25,10 +26,6 @@ def why_not(numbers: Tensor, values: str) -> str | None:
     return None if numbers.dtype == dtype else f"takes {values} as {dtype}, not {numbers.dtype}"
 
 
-def float_of(values: str) -> torch.dtype:
-    return torch.bfloat16 if values == "bf16" else torch.float16
-
-
 def padded(scales: Tensor | None, rows: int, columns: int, device: torch.device) -> Tensor:
     """(rows, columns) bf16, zeros beyond ``scales``; one zero where there are none."""
     if scales is None:
@@ -41,6 +38,31 @@ def padded(scales: Tensor | None, rows: int, columns: int, device: torch.device)
 def biased(codes: Tensor, values: str) -> Tensor:
     """int8 codes as the uint8 that ``code`` reads: 2^(bits - 1) is added."""
     return (codes.to(torch.int16) + (128 if values == "int8" else 8)).to(torch.uint8)
+
+
+def share_of(values: str) -> int:
+    """Pairs of values that share an int32."""
+    return {"int8": 2, "int4": 4}.get(kind_of(values), 1)
+
+
+def interleaved(kept: Tensor, values: str, lanes: int) -> Tensor:
+    """Pairs (rows, pairs, 2) as int32 (rows, words): codes of ``share_of`` pairs that are ``lanes`` apart in each."""
+    rows, share = len(kept), share_of(values)
+    if share > 1:
+        kept = biased(kept, values).view(rows, -1, share, lanes, 2).transpose(2, 3).contiguous()
+        kept = kept if share == 2 else kept[..., 0] | kept[..., 1] << 4
+    return kept.reshape(rows, -1).view(torch.int32)
+
+
+def pairs_of(words: Tensor, values: str, lanes: int) -> Tensor:
+    """The reverse of ``interleaved``: float64 (rows, pairs, 2), without scales."""
+    rows, share = len(words), share_of(values)
+    if share == 1:
+        return words.view(FLOATS[values]).view(rows, -1, 2).double()
+    stored = words.view(torch.uint8)
+    stored = torch.stack([stored & 15, stored >> 4], 2) if share == 4 else stored
+    kept = stored.view(rows, -1, lanes, share, 2).transpose(2, 3).reshape(rows, -1, 2).double()
+    return kept - (128 if share == 2 else 8)
 
 
 def scaled(weight: Tensor, scales: Tensor, values: str) -> Tensor:

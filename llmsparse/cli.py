@@ -121,7 +121,7 @@ HELP_OF = {  # where a name means less than it does to prune
     (
         "export",
         "values",
-    ): "bf16, fp16, fp32, int8, int4:32 (default: the codes beside MODEL, else bit for bit; gguf: fp16)",
+    ): "bf16, fp16, fp32, int8, int4:32 (default: the codes beside MODEL, else bit for bit; gguf: fp16, c-header: int8)",
     ("export", "check"): "measure what was written, in its own runtime too; fail where it differs too much",
     ("export", "embeddings"): "keep, int8, int4:32 (default: as the codes, else int8 with integer values)",
     ("generate", "seed"): "draws the same tokens again",

@@ -28,11 +28,12 @@ def export(
     """Write ``model`` into the new folder ``out`` in ``format``, tensor by tensor; it appears whole or not at all.
 
     ``values``: how kept weights are stored: ``bf16``, ``fp16``, ``fp32`` (bit for bit), ``int8``, ``int4:32``...;
-    default: the codes beside the model where prune or quantize wrote some, else the dtype that they have (gguf: fp16).
+    default: the codes beside the model where prune or quantize wrote some, else the dtype that they have (gguf:
+    fp16; c-header: int8; compressed-tensors: none, codes are needed).
     ``embeddings``: ``keep``, ``int8``, ``int4:32``...; default: as the codes beside the model, else int8 with integer
     values. ``check``: measure what was written, in its own runtime where that is installed, beside the source.
     Returns ``bytes``, ``linear``, ``embeddings`` (bytes before and after), ``bits_per_weight``, ``layouts``
-    (how many weights each has), ``warnings``, and with ``check`` what it found.
+    (how many weights each has), ``warnings``, with ``check`` what it found, of c-header the ``device``.
 
     Raises:
         UserError: no checkpoint, one that is packed or quantised already, an ``out`` that holds something,
@@ -58,9 +59,8 @@ def _check(
 ) -> None:
     """Add what the exporter's check finds to the result and to export.json."""
     if not hasattr(exporter, "check"):
-        result["warnings"].append(
-            f"format {result['format']} has no --check; `llmsparse eval` loads what it wrote"
-        )
+        instead = "; `llmsparse eval` loads what it wrote" if result["format"] == "packed" else ""
+        result["warnings"].append(f"format {result['format']} has no --check{instead}")
         return
     out = Path(result["out"]).expanduser()
     options = {"trust_remote_code": trust_remote_code, "progress": progress}

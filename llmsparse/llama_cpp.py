@@ -33,9 +33,8 @@ def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
         asked, told = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps({"file": str(file), **request}))
         command = [sys.executable, "-m", __name__, str(asked), str(told)]
-        free = {
-            key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
-        }  # the request says
+        # the request says how many threads
+        free = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=free

@@ -30,9 +30,8 @@ class SparseLinear(nn.Module):
         self.transposed = transposed
         self.bias = bias
         held.hold(self, packed, dtype)
-        self.place = torch.device(
-            "cpu"
-        )  # where it multiplies; packed tensors stay on the CPU when that is a GPU
+        # where it multiplies; the packed tensors stay on the CPU when that is a GPU
+        self.place = torch.device("cpu")
         self.put(None)
         self.register_load_state_dict_post_hook(_laid_out_anew)
 

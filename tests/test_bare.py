@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse.calibration import documents
+from llmsparse.documents import documents
 from llmsparse.errors import UserError
 from tests.tiny import save_tiny
 

@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmsparse
-from llmsparse.calibration import builtin_documents
+from llmsparse import render
+from llmsparse.documents import builtin_documents
 from llmsparse.errors import UserError
 from llmsparse.export import export
 from tests.packed_tiny import add_grid, sparse
@@ -298,6 +299,7 @@ def test_output_is_the_same_twice_and_appears_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = sparse(tmp_path / "sparse")
+    (tmp_path / ".o.llmsparse-new").mkdir()  # of an export that was killed
     result = export(source, tmp_path / "o", format="c-header")
     before = {file.name: file.read_bytes() for file in (tmp_path / "o").iterdir() if file.suffix != ".json"}
     assert sorted(before) == ["llama.c", "model.h"]
@@ -313,3 +315,18 @@ def test_output_is_the_same_twice_and_appears_whole_or_not_at_all(
         c_export(source, tmp_path / "o", overwrite=True, values=values)
         assert ((tmp_path / "o" / "model.h").read_bytes() == before["model.h"]) is same
     assert sorted(file.name for file in tmp_path.iterdir()) == ["o", "sparse"]
+
+
+def test_the_command_prints_what_a_device_must_have(million: Exported) -> None:
+    device = million.result["device"]
+    lines = [str(line) for line in render.export(million.result).renderables[1:]]
+    kib = {key: f"{device[key] / 1024:.4g} KiB" for key in ("flash_bytes", "ram_bytes")}
+    wanted = f"{kib['flash_bytes']} of constants (flash), {kib['ram_bytes']} of RAM for a context of 128"
+    assert wanted in lines[1]
+    assert f"a token: {device['macs_per_token']:,} multiply-accumulates" in lines[2]
+    assert lines[-1] == f"next: cc -O3 -DLLAMA_MAIN {million.folder / 'llama.c'} -lm"
+
+
+def test_a_check_that_the_format_lacks_is_said(tmp_path: Path) -> None:
+    result = export(sparse(tmp_path / "sparse"), tmp_path / "o", format="c-header", check=True)
+    assert "format c-header has no --check" in result["warnings"]

@@ -12,14 +12,13 @@ from pyarrow import parquet
 
 from llmsparse.calibration import (
     PIECE,
-    builtin_documents,
     calibrate,
-    documents,
     interleave,
     parse_sources,
     shares,
     window_prefix,
 )
+from llmsparse.documents import builtin_documents, documents
 from llmsparse.errors import UserError
 from tests.tokenizers_tiny import BOS, EOS, UNK, word_tokenizer
 

@@ -96,6 +96,16 @@ def test_what_the_format_does_not_store_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(("family", "left"), [("gpt2", "transposed"), ("mixtral", "expert")])
+def test_a_model_with_other_weights_than_linear_layers_is_refused(
+    family: str, left: str, tmp_path: Path
+) -> None:
+    source = sparse(tmp_path / "source", family)
+    with pytest.raises(UserError, match=left):
+        export(source, tmp_path / "out", format="compressed-tensors", values="int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_files_are_sharded_as_the_source_is(tmp_path: Path) -> None:
     source = sparse(tmp_path / "source", max_shard_size="20KB")
     export(source, tmp_path / "out", format="compressed-tensors", values="int8")

@@ -284,7 +284,10 @@ def test_real_timings_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(dispatch, name, value)
     monkeypatch.setattr(gpu, "BUCKETS", (1, 4))
     monkeypatch.setattr(gpu, "KERNELS", ("nm_gemv",))
-    assert layers(load(packed(tmp_path, "llama", pattern="2:4")))[0].layer is not None
+    layer = layers(load(packed(tmp_path, "llama", pattern="2:4")))[0].layer
+    told = dispatch.remembered()
+    assert set(layer.ways) == {1, 4}
+    assert len(told) > 0 and all("nm_gemv" in why and "µs" in why for why in told.values())
 
 
 # what is asked for wrongly, or absent

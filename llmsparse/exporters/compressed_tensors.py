@@ -43,6 +43,7 @@ def export(
     skeleton = Skeleton(checkpoint, trust_remote_code=trust_remote_code)
     numbers, found = Numbers(checkpoint, values, None), candidates(skeleton)
     chosen = [c for c in found.packable if not (c.table or c.head or c.transposed)]
+    _refuse_left(skeleton, chosen)
     out = out.expanduser().absolute()
     spool = pieces.spool_of(out)
     pieces.clear(Writer(checkpoint, out, overwrite))
@@ -67,13 +68,25 @@ def export(
             checkpoint.close()
             return_freed_memory()
             progress.advance("packing", candidate.path)
-        config = _config(skeleton, chosen, _one(kinds))
-        result = _result(skeleton, made, _one(kinds), [*found.warnings, *numbers.warnings, NOTE])
+        kind = _one(kinds)
+        config = _config(skeleton, chosen, kind)
+        result = _result(skeleton, made, kind, [*found.warnings, *numbers.warnings, NOTE])
         result |= {"values": numbers.describe(), "seconds": round(time.perf_counter() - begun, 2)}
         pieces.write(checkpoint, made, out, overwrite, config, result)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
     return result
+
+
+def _refuse_left(skeleton: Skeleton, chosen: list[Candidate]) -> None:
+    """Refuse a model of which some block's weight is no linear layer of its own: its runtimes expect codes there."""
+    sources = {candidate.source for candidate in chosen}
+    left = next((w.source for w in skeleton.weights if w.block is not None and w.source not in sources), None)
+    if left is not None:
+        raise UserError(
+            f"--format compressed-tensors stores plain linear layers, and {left} is none (an expert, one of several "
+            "tensors that the model joins, or a transposed matrix); use --format packed"
+        )
 
 
 def check(

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from llmsparse.calibration import builtin_documents
+from llmsparse.documents import builtin_documents
 from llmsparse.errors import UserError
 from llmsparse.eval.text import load_text
 

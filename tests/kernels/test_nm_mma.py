@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.kernels import nm_mma, nm_mma_inputs, nm_mma_unpack, splits
+from llmsparse.kernels.widen import FLOATS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(64, 64), (65, 100), (1, 4), (70, 192)]
@@ -60,12 +61,12 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).abs().max())
 
 
-@pytest.mark.parametrize("values", nm_mma.DTYPES)
+@pytest.mark.parametrize("values", FLOATS)
 @pytest.mark.parametrize(("shape", "tokens", "programs"), CALLS)
 def test_the_product_is_as_exact_as_torch(
     values: str, shape: tuple[int, int], tokens: int, programs: int, poisoned: None
 ) -> None:
-    dtype = nm_mma.DTYPES[values]
+    dtype = FLOATS[values]
     weight, x = weight_of(shape, dtype), inputs_of(tokens, shape[1], dtype)
     packed = nm_mma.pack(weight.view(torch.int16), values)
     wanted = x.double() @ weight.double().T

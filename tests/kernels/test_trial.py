@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from llmsparse.kernels import trial
+from llmsparse.kernels import trial, widen
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = (trial.Call(2, 5, 64, 1),)
@@ -33,5 +33,5 @@ def test_a_wrong_product_and_a_wrong_unpacking_are_told(name: str, monkeypatch: 
 def test_the_random_weight_is_two_of_four_in_every_kind_of_value(values: str) -> None:
     numbers, scales, dense = trial.weight(values, (6, 96), DEVICE)
     assert int((numbers.view(6, -1, 4) != 0).sum(2).max()) == 2
-    assert (scales is None) == (values in trial.DTYPES)
+    assert (scales is None) == (values in widen.FLOATS)
     assert bool(((numbers != 0) == (dense != 0)).all())
