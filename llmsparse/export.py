@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llmsparse import export_report, plugins
+from llmsparse import export_report, extras, plugins
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.progress import Quiet
@@ -41,6 +41,8 @@ def export(
             (what was written stays, and its export.json says what failed).
     """
     exporter = plugins.load("exporters", format)
+    needed = exporter.EXTRA.packages | (exporter.EXTRA.check if check else {})
+    extras.require(f"--format {format}{' --check' * check}", exporter.EXTRA, needed)
     checkpoint = Checkpoint.open(model, revision, token, cache_dir)
     _refuse_quantised(checkpoint, model, trust_remote_code)
     Writer.check_target(out, overwrite, checkpoint.folder)

@@ -1,24 +1,27 @@
 """What every export's check shares: the text, the perplexity on it, the zeros, the zipped size."""
 
+import time
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from llmsparse.eval.fidelity import NLL, window_scores
 from llmsparse.eval.forward import forward_of
 from llmsparse.eval.perplexity import perplexity
 from llmsparse.eval.text import load_text
 from llmsparse.eval.windows import Windows, cut_windows
+from llmsparse.runtime_child import THREADS, rate
 
 TOKENS = 8192
 CONTEXT = 1024
 CHUNK = 1 << 22  # bytes that are compressed at a time
 LOSES = {  # of the perplexity, at most
     **dict.fromkeys(("F32", "F16", "BF16"), 0.001),
-    **dict.fromkeys(("Q8_0", "W8A16"), 0.02),
-    **dict.fromkeys(("Q4_0", "W4A16"), 0.6),
+    **dict.fromkeys(("Q8_0", "W8A16", "int8"), 0.02),
+    **dict.fromkeys(("Q4_0", "W4A16", "int4"), 0.6),
 }
 EXACT = 0.001  # the same where the codes lay beside the model: nothing was rounded
 
@@ -52,6 +55,79 @@ def score(model: Any, windows: Windows, name: str, progress: Any) -> tuple[float
     return perplexity(torch.cat(found), windows.scored.sum(1))
 
 
+class Zeros:
+    """Counts the zeros of linear weights, of the source and of what was exported."""
+
+    def __init__(self) -> None:
+        self.source = self.export = self.both = self.total = 0
+
+    def add(self, source: Tensor, exported: Tensor) -> None:
+        """Of one weight, both of one shape."""
+        was, now = source == 0, exported == 0
+        self.source += int(was.sum())
+        self.export += int(now.sum())
+        self.both += int((was & now).sum())
+        self.total += was.numel()
+
+    def shares(self) -> dict[str, float | None]:
+        """Of the source's and the export's linear weights; and of the source's zeros those that still are."""
+        kept = self.both / self.source if self.source else None
+        return {"source": self.source / self.total, "export": self.export / self.total, "kept": kept}
+
+
+def request(windows: Windows) -> dict[str, Any]:
+    """The windows for a process of its own: ``ids``; predictions before position ``first`` do not count."""
+    return {"ids": windows.ids.tolist(), "first": windows.first.tolist()}
+
+
+def told(losses: list[float], windows: Windows) -> tuple[float, float | None]:
+    """Perplexity and its standard error of the summed losses (nats) of each window."""
+    return perplexity(torch.tensor(losses, dtype=torch.float64), windows.scored.sum(1))
+
+
+@torch.inference_mode()
+def speeds(model: Any, ids: Tensor) -> dict[str, float]:
+    """Tokens a second of greedy decoding in transformers after a prompt (tokens,), by threads; the fastest of some."""
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            found[str(threads)] = rate(lambda count: _decode(model, ids, count))
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def summary(
+    text: Text, result: dict[str, Any], *, source: float, exported: tuple[float, float | None], zeros: dict[str, Any],
+    files: list[Path], gain: str, runtime: dict[str, Any] | None, activations: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
+    """What every check reports; ``failed`` says what was beyond the tolerance.
+
+    ``exported``: perplexity and standard error of the export. ``files``: those that hold weights. ``gain``: what the
+    runtime gains from zeros. ``runtime``: its ``name`` with version, ``load_seconds``, ``tokens_per_second`` by
+    threads. ``activations``: what the perplexity may lose besides, where the runtime rounds activations.
+    """
+    found, error = exported
+    size = sum(file.stat().st_size for file in files)
+    zipped = sum(zipped_share(file) * file.stat().st_size for file in files) / max(size, 1)
+    change, allowed = found / source - 1, tolerance(result)
+    return {
+        "text": text.label,
+        "tokens": int(text.windows.scored.sum()),
+        "perplexity": {"source": source, "export": found, "standard_error": error, "change": change},
+        "tolerance": allowed + activations,
+        "zeros": zeros,
+        "file_bytes": size,
+        "bits_per_weight": result["bits_per_weight"],
+        "zipped_share": zipped,
+        "says": f"{gain}; zipped (zlib, level 1) it shrinks by {1 - zipped:.0%}",
+        "runtime": runtime,
+        "failed": verdict(change, allowed + activations, both=allowed == EXACT),
+        "notes": [],
+    }
+
+
 def zipped_share(file: Path) -> float:
     """Bytes of the file under zlib (level 1) over its bytes; of large files every eighth piece is measured."""
     size = file.stat().st_size
@@ -73,7 +149,17 @@ def tolerance(result: dict[str, Any]) -> float:
     return max(LOSES[name] for name in result["layouts"])
 
 
-def verdict(share: float, allowed: float) -> list[str]:
-    """What failed, in words; where nothing was rounded, a perplexity that fell is as wrong as one that rose."""
-    fine = share <= allowed and (allowed > EXACT or -share <= allowed)
+def verdict(share: float, allowed: float, *, both: bool) -> list[str]:
+    """What failed, in words; ``both``: nothing was rounded, a perplexity that fell is as wrong as one that rose."""
+    fine = share <= allowed and (not both or -share <= allowed)
     return [] if fine else [f"perplexity is {share:+.2%} off the source's, and {allowed:.1%} is allowed"]
+
+
+def _decode(model: Any, ids: Tensor, count: int) -> float:
+    """Seconds of ``count`` greedy tokens after a prompt whose own pass does not count."""
+    told = model(input_ids=ids[None], use_cache=True)
+    begun = time.perf_counter()
+    for _ in range(count):
+        likeliest = told.logits[:, -1:].argmax(-1)
+        told = model(input_ids=likeliest, past_key_values=told.past_key_values, use_cache=True)
+    return time.perf_counter() - begun

@@ -25,10 +25,12 @@ def show_check(check: dict[str, Any]) -> list[str]:
         f"({found['change']:+.2%}, {check['tolerance']:.1%} allowed), {check['tokens']:,} tokens of {check['text']}",
         f"zeros: {check['zeros']['source']:.1%} of the source's linear weights, {check['zeros']['export']:.1%} of the "
         f"file's; {_kept(check['zeros']['kept'])}",
-        f"{check['file_bytes']:,} bytes; {check['says']}",
+        f"{check['file_bytes']:,} bytes, {check['bits_per_weight']:.2f} bits a linear weight; {check['says']}",
     ]
+    if check["runtime"]:
+        lines.append(_runtime(check["runtime"]))
     if check.get("llama_cpp"):
-        lines += _runtime(check["llama_cpp"])
+        lines += _parity(check["llama_cpp"])
     return [*lines, *check["notes"]]
 
 
@@ -36,14 +38,19 @@ def _kept(share: float | None) -> str:
     return "the source has none" if share is None else f"{share:.1%} of the source's are still zero"
 
 
-def _runtime(ran: dict[str, Any]) -> list[str]:
-    speeds = ", ".join(f"{rate:.1f} tokens/s with {n} thread{'s' * (int(n) > 1)}" for n, rate in
-                       ran["tokens_per_second"].items())  # fmt: skip
+def _runtime(ran: dict[str, Any]) -> str:
+    speeds = ", ".join(
+        f"{rate:.1f} tokens/s with {n} thread{'s' * (int(n) > 1)}"
+        for n, rate in ran["tokens_per_second"].items()
+    )
+    return f"{ran['name']}: loads in {ran['load_seconds']:.1f} s; decodes {speeds}"
+
+
+def _parity(ran: dict[str, Any]) -> list[str]:
     return [
         f"llama.cpp: log-probabilities of {ran['positions']} teacher-forced tokens {ran['mean_apart']:.4f} nats apart "
         f"on average (mean {ran['mean_difference']:+.4f}), {ran['largest_apart']:.3f} at most "
         f"({ran['beyond_list']} beyond its list); "
         f"{ran['same_likeliest']:.1%} likeliest tokens are the same",
-        f"llama.cpp: greedy continuation equal for {ran['greedy_equal']} of {ran['greedy_tokens']} tokens; loads in "
-        f"{ran['load_seconds']:.1f} s; decodes {speeds}",
+        f"llama.cpp: greedy continuation equal for {ran['greedy_equal']} of {ran['greedy_tokens']} tokens",
     ]

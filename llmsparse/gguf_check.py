@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse import export_check, gguf_file, llama_cpp
+from llmsparse import export_check, extras, gguf_file, llama_cpp
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.eval.models import load_model
@@ -31,33 +31,25 @@ def check(
     model = load_model(checkpoint, torch.float32, torch.device("cpu"), trust_remote_code)
     source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
     zeros = _fill(model, checkpoint, file)
-    exported, error = export_check.score(model, text.windows, "perplexity of the file", progress)
-    share, allowed = exported / source - 1, export_check.tolerance(result)
-    zipped = export_check.zipped_share(file)
-    found = {
-        "text": text.label,
-        "tokens": int(text.windows.scored.sum()),
-        "perplexity": {"source": source, "export": exported, "standard_error": error, "change": share},
-        "tolerance": allowed,
-        "zeros": zeros,
-        "file_bytes": file.stat().st_size,
-        "bits_per_weight": result["bits_per_weight"],
-        "zipped_share": zipped,
-        "says": f"{GAIN}; zipped (zlib, level 1) the file shrinks by {1 - zipped:.0%}",
-        "failed": export_check.verdict(share, allowed),
-    }
-    if not llama_cpp.available():
+    exported = export_check.score(model, text.windows, "perplexity of the file", progress)
+    parity = None
+    if llama_cpp.available():
+        progress.start("llama.cpp", 1)
+        parity = _parity(model, file, text, tokenizer)
+        progress.advance("llama.cpp", "")
+    found = export_check.summary(
+        text, result, source=source, exported=exported, zeros=zeros, files=[file], gain=GAIN,
+        runtime=parity and parity.pop("runtime"),
+    )  # fmt: skip
+    if parity is None:
         missing = f"llama.cpp was not run: the package xllamacpp is not installed; {llama_cpp.INSTALL}"
         return found | {"llama_cpp": None, "notes": [missing]}
-    progress.start("llama.cpp", 1)
-    parity = _parity(model, file, text, tokenizer)
-    progress.advance("llama.cpp", "")
     found["failed"] += _failures(parity, max(APART[name] for name in result["layouts"]))
-    return found | {"llama_cpp": parity, "notes": []}
+    return found | {"llama_cpp": parity}
 
 
 @torch.no_grad()
-def _fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
+def _fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, float | None]:
     """Put the file's tensors in the place of the model's, and count the zeros of the linear weights.
 
     Raises:
@@ -65,7 +57,7 @@ def _fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
     """
     parameters = dict(model.named_parameters())
     left = set(parameters)
-    before = after = kept = total = 0
+    zeros = export_check.Zeros()
     config = model.config
     for name, tensor in gguf_file.weights(file, checkpoint.names(), config, family_of(config)):
         parameter = parameters.get(name)
@@ -74,18 +66,12 @@ def _fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
                 f"{file} has {name} as {tuple(tensor.shape)}, which the model does not; export again"
             )
         if ".layers." in name and tensor.dim() == 2:
-            was, now = parameter == 0, tensor == 0
-            before, after = before + int(was.sum()), after + int(now.sum())
-            kept, total = kept + int((was & now).sum()), total + tensor.numel()
+            zeros.add(parameter, tensor)
         parameter.copy_(tensor)
         left.discard(name)
     if left:
         raise UserError(f"{file} lacks {min(left)}; export again")
-    return {
-        "source": before / total,
-        "export": after / total,
-        "kept": kept / before if before else None,  # of the source's zeros
-    }
+    return zeros.shares()
 
 
 def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> dict[str, Any]:
@@ -117,8 +103,10 @@ def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> 
             "transformers": len(tokenizer(sample)["input_ids"]),
             "llama_cpp": told["text_tokens"],
         },
-        "load_seconds": told["load_seconds"],
-        "tokens_per_second": told["tokens_per_second"],
+        "runtime": {
+            "name": f"llama.cpp (xllamacpp {extras.version('xllamacpp')})",
+            **{key: told[key] for key in ("load_seconds", "tokens_per_second")},
+        },
     }
 
 

@@ -1,22 +1,16 @@
 """A GGUF file in real llama.cpp (the package xllamacpp), in a process of its own: its crash is then one line."""
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-from llmsparse.errors import UserError
+from llmsparse import runtime_child
+from llmsparse.runtime_child import DECODED, RUNS
 
 INSTALL = "pip install 'llmsparse[gguf-check]'"
 LISTED = 1000  # likeliest tokens whose log-probabilities are asked for
-DECODED = 32  # tokens of a timed continuation
-RUNS = 3  # the fastest counts: others share the machine
-TIMEOUT = 1800  # seconds
 
 
 def available() -> bool:
@@ -29,24 +23,7 @@ def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: llama.cpp cannot load the file, or ended without an answer.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps({"file": str(file), **request}))
-        command = [sys.executable, "-m", __name__, str(asked), str(told)]
-        # the request says how many threads
-        free = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=free
-            )
-        except subprocess.TimeoutExpired as error:
-            raise UserError(f"llama.cpp did not answer within {TIMEOUT} s on {file}") from error
-        if done.returncode or not told.is_file():
-            said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [
-                "it said nothing"
-            ]
-            raise UserError(f"llama.cpp cannot run {file} (status {done.returncode}): {said[-1].strip()}")
-        return json.loads(told.read_text())
+    return runtime_child.run(__name__, "llama.cpp", file, request)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -119,4 +96,4 @@ def _speed(server: Any, prompt: list[int]) -> float:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))
+    runtime_child.serve(answer)

@@ -17,6 +17,7 @@ from llmsparse.atomic import whole_folder
 from llmsparse.c_arrays import Arrays
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
+from llmsparse.extras import Extra
 from llmsparse.grid import Grid
 from llmsparse.gridfile import GridFile
 from llmsparse.heap import return_freed_memory
@@ -26,6 +27,7 @@ from llmsparse.skeleton import Skeleton
 from llmsparse.values import Values
 from llmsparse.writer import disk_errors
 
+EXTRA = Extra()
 FAMILIES = ("llama", "mistral", "qwen2")
 CONTEXT = 256  # tokens that model.h makes room for, where the user defines no LLAMA_CONTEXT
 RUNTIME = Path(__file__).with_name("llama.c")

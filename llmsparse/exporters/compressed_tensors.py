@@ -2,11 +2,11 @@
 
 import shutil
 import time
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from llmsparse import export_check, pieces
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.eval.models import load_model
+from llmsparse.extras import Extra
 from llmsparse.heap import return_freed_memory
 from llmsparse.packing import Candidate, Numbers, candidates
 from llmsparse.pieces import Piece
@@ -23,6 +24,8 @@ from llmsparse.writer import Writer, disk_errors
 
 NOTE = "no runtime of this format gains speed or memory from zeros: every weight is stored; a zipped download is smaller"
 NAMES = {8: "W8A16", 4: "W4A16"}
+EXTRA = Extra("compressed-tensors", {}, {"compressed-tensors": "0.15"})
+PROMPT = 32  # tokens before the timed ones
 
 
 def export(
@@ -92,57 +95,35 @@ def _refuse_left(skeleton: Skeleton, chosen: list[Candidate]) -> None:
 def check(
     checkpoint: Checkpoint, out: Path, result: dict[str, Any], *, trust_remote_code: bool, progress: Any
 ) -> dict[str, Any]:
-    """Perplexity of the source and of what transformers makes of the files, zeros, sizes, and what failed.
-
-    Raises:
-        UserError: the package compressed-tensors is not installed.
-    """
-    if util.find_spec("compressed_tensors") is None:
-        raise UserError(
-            f"{out} is written, but its check needs compressed-tensors; pip install 'llmsparse[compressed-tensors]'"
-        )
+    """Perplexity of the source and of what transformers makes of the files, zeros, sizes, and what failed."""
     config, tokenizer = checkpoint.config(trust_remote_code), checkpoint.tokenizer(trust_remote_code)
     text = export_check.fixed_text(tokenizer, config.max_position_embeddings)
     cpu, single = torch.device("cpu"), torch.float32
     model = load_model(checkpoint, single, cpu, trust_remote_code)
     source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
-    places = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name
-    ]
-    before = {name: model.get_submodule(name).weight == 0 for name in places}
+    before = {
+        name: module.weight == 0
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
     del model
     begun = time.perf_counter()
     exported = load_model(Checkpoint.open(out), single, cpu, trust_remote_code)
     seconds = time.perf_counter() - begun
-    found, error = export_check.score(exported, text.windows, "perplexity of the files", progress)
-    after = {
-        name: exported.get_submodule(name).weight == 0 for name in places
-    }  # unpacked by the first forward pass
-    change, allowed = found / source - 1, export_check.tolerance(result)
-    files = sorted(out.glob("*.safetensors"))
-    zipped = sum(export_check.zipped_share(f) * f.stat().st_size for f in files) / result["bytes"]["after"]
-    return {
-        "text": text.label,
-        "tokens": int(text.windows.scored.sum()),
-        "perplexity": {"source": source, "export": found, "standard_error": error, "change": change},
-        "tolerance": allowed,
-        "zeros": _zeros(before, after),
-        "file_bytes": result["bytes"]["after"],
-        "bits_per_weight": result["bits_per_weight"],
+    found = export_check.score(exported, text.windows, "perplexity of the files", progress)
+    zeros = export_check.Zeros()
+    for name, was in before.items():
+        zeros.add(~was, exported.get_submodule(name).weight)  # unpacked by the first forward pass
+    runtime = {
+        "name": f"transformers {transformers.__version__}, float32",
         "load_seconds": seconds,
-        "zipped_share": zipped,
-        "says": f"{NOTE}: zipped (zlib, level 1) it shrinks by {1 - zipped:.0%}",
-        "failed": export_check.verdict(change, allowed),
-        "notes": [f"transformers loads it in {seconds:.1f} s; vLLM was not run"],
+        "tokens_per_second": export_check.speeds(exported, text.windows.ids[0][:PROMPT]),
     }
-
-
-def _zeros(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any]:
-    """Shares of linear weights that are zero, and of the source's zeros those that still are."""
-    had, have = sum(int(z.sum()) for z in before.values()), sum(int(z.sum()) for z in after.values())
-    total = sum(z.numel() for z in before.values())
-    kept = sum(int((before[name] & after[name]).sum()) for name in before)
-    return {"source": had / total, "export": have / total, "kept": kept / had if had else None}
+    made = export_check.summary(
+        text, result, source=source, exported=found, zeros=zeros.shares(),
+        files=sorted(out.glob("*.safetensors")), gain=NOTE, runtime=runtime,
+    )  # fmt: skip
+    return made | {"notes": ["vLLM was not run"]}
 
 
 def packed(candidate: Candidate, kind: Values, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:

@@ -3,15 +3,14 @@
 import json
 import time
 from collections import Counter
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 from llmsparse import gguf_file
 from llmsparse.atomic import whole_folder
 from llmsparse.checkpoint import Checkpoint
-from llmsparse.errors import UserError
 from llmsparse.export_report import NAME as REPORT
+from llmsparse.extras import Extra
 from llmsparse.gguf_file import Entry, Header
 from llmsparse.gguf_layout import differences, family_of
 from llmsparse.gguf_tokenizer import vocabulary
@@ -19,7 +18,7 @@ from llmsparse.packing import Numbers
 from llmsparse.report import finite
 from llmsparse.writer import disk_errors
 
-OLDEST = (0, 17)  # of the package gguf
+EXTRA = Extra("gguf", {"gguf": "0.17"})  # xllamacpp, if it is there, runs the file in --check
 
 
 def export(
@@ -28,7 +27,6 @@ def export(
 ) -> dict[str, Any]:  # fmt: skip
     """Refuse what cannot be written, then write tensor by tensor into a hidden folder that becomes ``out``."""
     begun = time.perf_counter()
-    _check_package()
     config = checkpoint.config(trust_remote_code)
     family = family_of(config)
     words = vocabulary(checkpoint.tokenizer(trust_remote_code), config.vocab_size)
@@ -60,15 +58,6 @@ def check(checkpoint: Checkpoint, out: Path, result: dict[str, Any], **options: 
     from llmsparse.gguf_check import check
 
     return check(checkpoint, out / result["file"], result, **options)
-
-
-def _check_package() -> None:
-    if util.find_spec("gguf") is None:
-        raise UserError("--format gguf needs the package gguf; pip install 'llmsparse[gguf]'")
-    found = metadata.version("gguf")
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        raise UserError(f"--format gguf needs gguf {OLDEST[0]}.{OLDEST[1]} or newer, and {found} is installed; "
-                        "pip install -U 'llmsparse[gguf]'")  # fmt: skip
 
 
 def _rows_left(entries: list[Entry]) -> list[str]:

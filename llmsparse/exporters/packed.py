@@ -12,12 +12,15 @@ from safetensors.torch import save_file
 
 from llmsparse import pieces
 from llmsparse.checkpoint import Checkpoint
+from llmsparse.extras import Extra
 from llmsparse.heap import return_freed_memory
 from llmsparse.packed import VERSION, Packed, smallest
 from llmsparse.packing import Candidate, Numbers, candidates
 from llmsparse.pieces import Piece
 from llmsparse.skeleton import Skeleton
 from llmsparse.writer import Writer, disk_errors
+
+EXTRA = Extra()
 
 
 class Made(NamedTuple):
