@@ -37,7 +37,7 @@ class Shell(NamedTuple):
 SHELLS = {
     "prune": Shell("llmsparse.prune", "prune", "Prune MODEL, a hub id or a folder, into the new folder OUT."),
     "quantize": Shell(
-        "llmsparse.quantize", "quantize", "Round the weights of MODEL to int8 or int4, calibrated, into OUT."
+        "llmsparse.quantize", "quantize", "Round MODEL's weights to int8 or int4, calibrated, into OUT."
     ),
     "plan": Shell("llmsparse.plan", "plan", "What prune would do and cost, without loading a weight."),
     "eval": Shell(
@@ -46,7 +46,12 @@ SHELLS = {
     "export": Shell(
         "llmsparse.export",
         "export",
-        "Write MODEL into OUT: packed, GGUF, compressed-tensors or C.",
+        "Write MODEL into OUT for a runtime: packed, GGUF, ONNX...",
+    ),
+    "export-matrix": Shell(
+        "llmsparse.export_matrix",
+        "export_matrix",
+        "Export MODEL to every format; check each, draw all.",
     ),
     "generate": Shell(
         "llmsparse.generate", "generate", "Continue a prompt with MODEL: dense, pruned or packed."
@@ -61,7 +66,7 @@ SHELLS = {
     "bench": Shell("llmsparse.bench", "bench", "Time MODEL's linear layers here: packed, dense in C, torch."),
     "doctor": Shell("llmsparse.doctor", "doctor", "What this machine has: native kernels, GPU, versions."),
     "list": Shell("llmsparse.cli", "choices", "What there is to choose from: solvers, patterns..."),
-    "demo": Shell("llmsparse.demo", "demo", "Prune a small model each way; its perplexity before and after."),
+    "demo": Shell("llmsparse.demo", "demo", "Prune a small model each way; perplexity before, after."),
 }
 PYTHON_ONLY = {"progress", "write"}  # parameters that are no options
 EXAMPLES = ("50%", "1:4", "2:4", "3:4", "4:8", "8:16")
@@ -122,6 +127,20 @@ HELP_OF = {  # where a name means less than it does to prune
         "export",
         "values",
     ): "bf16, fp16, fp32, int8, int4:32 (default: the codes beside MODEL, else bit for bit; gguf: fp16, c-header: int8)",
+    (
+        "export-matrix",
+        "out",
+    ): "a folder for all of them (default: NAME-exports here); what lies there already is kept",
+    ("export-matrix", "formats"): "formats, separated by commas (default: all)",
+    (
+        "export-matrix",
+        "values",
+    ): "kinds of values, separated by commas (default: the codes beside MODEL, else int8,int4:32)",
+    (
+        "export-matrix",
+        "embeddings",
+    ): "keep, int8, int4:32 (default: as the codes, else int8 with integer values)",
+    ("export-matrix", "overwrite"): "write again what lies in OUT",
     ("export", "check"): "measure what was written, in its own runtime too; fail where it differs too much",
     ("export", "embeddings"): "keep, int8, int4:32 (default: as the codes, else int8 with integer values)",
     ("generate", "seed"): "draws the same tokens again",
@@ -260,6 +279,8 @@ def run(command: str, given: dict[str, Any], as_json: bool) -> None:
             _end(f"error: {explanation}", 2)
     if speaks:
         _print(command, result, as_json)
+    if result.get("failed"):
+        _end(f"error: {'; '.join(result['failed'])}", 2)
 
 
 def _write(text: str) -> None:

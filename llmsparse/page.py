@@ -56,6 +56,20 @@ def _warnings(run: Run) -> list[str]:
 
 def html_of(runs: list[Run]) -> str:
     """The whole page; raises UserError without matplotlib."""
+    return laid_out(
+        title=_title(runs),
+        subtitle=_subtitle(runs),
+        tiles=_tiles(runs),
+        warnings=differences(runs),
+        sections=sections(runs),
+    )
+
+
+def laid_out(
+    *, title: str, subtitle: str, warnings: Sequence[str], sections: Sequence[Section],
+    tiles: Sequence[tuple[str, str, str]] = (),
+) -> str:  # fmt: skip
+    """One page of sections, self-contained."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -69,14 +83,8 @@ def html_of(runs: list[Run]) -> str:
     )
     environment.filters |= {"drawn": drawn, "swatch": lambda look: Markup(swatch(look))}
     template = environment.from_string((files("llmsparse") / "page.html.jinja").read_text("utf-8"))
-    return template.render(
-        title=_title(runs),
-        subtitle=_subtitle(runs),
-        tiles=_tiles(runs),
-        warnings=differences(runs),
-        sections=sections(runs),
-        version=__version__,
-    )
+    parts = {"title": title, "subtitle": subtitle, "tiles": tiles, "warnings": warnings, "sections": sections}
+    return template.render(**parts, version=__version__)
 
 
 def _title(runs: Sequence[Run]) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmsparse.export_report import show_check
-from llmsparse.figures import byte_size, duration
+from llmsparse.figures import byte_size, duration, plain
 from llmsparse.runs import sparsity
 
 Row = dict[str, Any]
@@ -174,6 +174,25 @@ def export(result: Row) -> RenderableType:
     return Group(_table(("", "before >", "after >", "of it >"), rows), *map(Text, lines))
 
 
+def export_matrix(result: Row) -> RenderableType:
+    """A line for each export, and what kept the others from being written."""
+    from llmsparse.matrix_page import HEADINGS, HONEST, texts
+
+    written = [row for row in result["rows"] if "bytes" in row]
+    columns = tuple(f"{heading} >" for heading in HEADINGS)
+    runtimes = dict.fromkeys(f"{row['format']}: {row['runtime'] or 'not run'}" for row in written)
+    lines = [
+        f"runtimes: {'; '.join(runtimes)}",
+        HONEST,
+        f"perplexity of the source {plain(written[0]['perplexity']['source'])}; {written[0]['tokens']:,} tokens of "
+        f"{written[0]['text']}",
+        *(f"{row['name']}: {row['why']}" for row in result["rows"] if row["why"]),
+        *(f"warning: {text}" for text in result["warnings"]),
+        f"written to {result['out']}" + (f"; drawn in {result['page']}" if result["page"] else ""),
+    ]
+    return Group(_table(("target", *columns), ((r["name"], *texts(r)) for r in written)), *map(Text, lines))
+
+
 def _needs(device: Row | None) -> list[str]:
     """What a small device must have to run the export."""
     if device is None:
@@ -237,6 +256,7 @@ SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "eval": evaluate,
     "inspect": inspect,
     "export": export,
+    "export-matrix": export_matrix,
     "generate": generate,
     "compare": compare,
     "report": report,

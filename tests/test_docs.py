@@ -42,7 +42,7 @@ def test_every_command_and_option_in_the_documents_exists(line: str) -> None:
 
 
 def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None:
-    named = re.findall(r"^\| `llmsparse (\w+)", README, flags=re.MULTILINE)
+    named = re.findall(r"^\| `llmsparse ([\w-]+)", README, flags=re.MULTILINE)
     assert sorted(named) == sorted(COMMANDS)
 
 
