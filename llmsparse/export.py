@@ -60,10 +60,6 @@ def _check(
     exporter: Any, checkpoint: Checkpoint, result: dict[str, Any], trust_remote_code: bool, progress: Any
 ) -> None:
     """Add what the exporter's check finds to the result and to export.json."""
-    if not hasattr(exporter, "check"):
-        instead = "; `llmsparse eval` loads what it wrote" if result["format"] == "packed" else ""
-        result["warnings"].append(f"format {result['format']} has no --check{instead}")
-        return
     out = Path(result["out"]).expanduser()
     options = {"trust_remote_code": trust_remote_code, "progress": progress}
     result["check"] = exporter.check(checkpoint, out, result, **options)

@@ -144,9 +144,11 @@ def zipped_share(file: Path) -> float:
 
 def tolerance(result: dict[str, Any]) -> float:
     """How much larger the perplexity may be, as a share: by the coarsest type, or next to nothing for given codes."""
-    if result["values"].get("from", "").endswith(".safetensors"):
+    values = result["values"]
+    if values.get("from", "").endswith(".safetensors"):
         return EXACT
-    return max(LOSES[name] for name in result["layouts"])
+    names = [*result["layouts"], *values.get("kinds", ()), values.get("embeddings", "")]
+    return max(LOSES.get(name.partition(":")[0], EXACT) for name in names)
 
 
 def verdict(share: float, allowed: float, *, both: bool) -> list[str]:

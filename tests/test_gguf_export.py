@@ -254,11 +254,6 @@ def test_check_fails_loudly_and_the_file_stays(tmp_path: Path, monkeypatch: pyte
     assert list((tmp_path / "out").glob("*.gguf"))
 
 
-def test_a_format_without_check_says_so(tmp_path: Path) -> None:
-    result = export(sparse(tmp_path / "sparse"), tmp_path / "out", check=True)
-    assert result["warnings"] == ["format packed has no --check; `llmsparse eval` loads what it wrote"]
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, family: str) -> None:
     pytest.importorskip("xllamacpp")

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmsparse import export_check, pieces
+from llmsparse import pieces
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
-from llmsparse.eval.models import load_model
 from llmsparse.extras import Extra
 from llmsparse.heap import return_freed_memory
 from llmsparse.packing import Candidate, Numbers, candidates
@@ -25,7 +23,6 @@ from llmsparse.writer import Writer, disk_errors
 NOTE = "no runtime of this format gains speed or memory from zeros: every weight is stored; a zipped download is smaller"
 NAMES = {8: "W8A16", 4: "W4A16"}
 EXTRA = Extra("compressed-tensors", {}, {"compressed-tensors": "0.15"})
-PROMPT = 32  # tokens before the timed ones
 
 
 def export(
@@ -92,38 +89,11 @@ def _refuse_left(skeleton: Skeleton, chosen: list[Candidate]) -> None:
         )
 
 
-def check(
-    checkpoint: Checkpoint, out: Path, result: dict[str, Any], *, trust_remote_code: bool, progress: Any
-) -> dict[str, Any]:
-    """Perplexity of the source and of what transformers makes of the files, zeros, sizes, and what failed."""
-    config, tokenizer = checkpoint.config(trust_remote_code), checkpoint.tokenizer(trust_remote_code)
-    text = export_check.fixed_text(tokenizer, config.max_position_embeddings)
-    cpu, single = torch.device("cpu"), torch.float32
-    model = load_model(checkpoint, single, cpu, trust_remote_code)
-    source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
-    before = {
-        name: module.weight == 0
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name
-    }
-    del model
-    begun = time.perf_counter()
-    exported = load_model(Checkpoint.open(out), single, cpu, trust_remote_code)
-    seconds = time.perf_counter() - begun
-    found = export_check.score(exported, text.windows, "perplexity of the files", progress)
-    zeros = export_check.Zeros()
-    for name, was in before.items():
-        zeros.add(~was, exported.get_submodule(name).weight)  # unpacked by the first forward pass
-    runtime = {
-        "name": f"transformers {transformers.__version__}, float32",
-        "load_seconds": seconds,
-        "tokens_per_second": export_check.speeds(exported, text.windows.ids[0][:PROMPT]),
-    }
-    made = export_check.summary(
-        text, result, source=source, exported=found, zeros=zeros.shares(),
-        files=sorted(out.glob("*.safetensors")), gain=NOTE, runtime=runtime,
-    )  # fmt: skip
-    return made | {"notes": ["vLLM was not run"]}
+def check(checkpoint: Checkpoint, out: Path, result: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What transformers makes of the files: see ``llmsparse.transformers_check``."""
+    from llmsparse.transformers_check import check
+
+    return check(checkpoint, out, result, NOTE, **options) | {"notes": ["vLLM was not run"]}
 
 
 def packed(candidate: Candidate, kind: Values, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:

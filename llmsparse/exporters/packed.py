@@ -61,6 +61,16 @@ def export(
     return result
 
 
+def check(checkpoint: Checkpoint, out: Path, result: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What transformers and llmsparse's kernels make of the files: see ``llmsparse.transformers_check``."""
+    from llmsparse.transformers_check import check
+
+    files = result["bytes"]
+    gain = f"zeros are neither stored nor multiplied: {files['after'] / files['before']:.0%} of the source's bytes"
+    faster = "`llmsparse bench` times its products beside dense ones"
+    return check(checkpoint, out, result, gain, **options) | {"notes": [faster]}
+
+
 def _pack(
     candidate: Candidate, checkpoint: Checkpoint, numbers: Numbers, file: Path, out: Path
 ) -> Iterator[Made]:
