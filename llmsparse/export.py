@@ -44,7 +44,7 @@ def export(
     needed = exporter.EXTRA.packages | (exporter.EXTRA.check if check else {})
     extras.require(f"--format {format}{' --check' * check}", exporter.EXTRA, needed)
     checkpoint = Checkpoint.open(model, revision, token, cache_dir)
-    _refuse_quantised(checkpoint, model, trust_remote_code)
+    _refuse_quantised(checkpoint, model, trust_remote_code, packed=getattr(exporter, "PACKED", False))
     Writer.check_target(out, overwrite, checkpoint.folder)
     result = exporter.export(
         checkpoint, Path(out), values=values, embeddings=embeddings, overwrite=overwrite,
@@ -70,11 +70,18 @@ def _check(
         )
 
 
-def _refuse_quantised(checkpoint: Checkpoint, model: str | Path, trust_remote_code: bool) -> None:
+def _refuse_quantised(
+    checkpoint: Checkpoint, model: str | Path, trust_remote_code: bool, packed: bool
+) -> None:
+    """``packed``: whether the target takes packed folders."""
     quantised = getattr(checkpoint.config(trust_remote_code), "quantization_config", None)
     if quantised is None:
         return
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method == "llmsparse" and packed:
+        return
     if method == "llmsparse":
-        raise UserError(f"{model} is packed already; export the folder that prune wrote")
+        raise UserError(
+            f"{model} is packed already; export the folder that prune wrote, or unpack it with --format dense first"
+        )
     raise UserError(f"{model} is quantised ({method}); export an unquantised checkpoint")

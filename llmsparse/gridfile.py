@@ -61,6 +61,11 @@ class GridFile:
     def grid(self, name: str) -> Grid:
         return self._grids[name]
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self._open.get_slice(name + CODES).get_shape()
+        return rows, columns
+
     def codes(self, name: str) -> Tensor:
         """int8 (out, in)."""
         return self._open.get_tensor(name + CODES)

@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
+from llmsparse import gridfile
 from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.writer import Writer
@@ -27,15 +29,10 @@ def write(
     checkpoint: Checkpoint, pieces: list[Piece], out: Path, overwrite: bool, quantization: dict[str, Any],
     result: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Fill the files of the output, each tensor in the file that the source has it in, and rename the whole.
-
-    ``quantization`` goes into config.json, ``result`` into the report that prune wrote, if it is there.
-    """
-    report = _report(checkpoint)
+    """Fill the files of the output, each tensor in the file that the source has it in, and rename the whole."""
     target = Checkpoint(checkpoint.folder, _headers(checkpoint, pieces))
     writer = Writer(target, out, overwrite)
-    writer.begin({"export": result["format"]}, resume=False)
-    try:
+    with filling(checkpoint, writer, result, {"quantization_config": quantization}):
         written: set[str] = set()
         for piece in pieces:
             tensors = load_file(piece.file)
@@ -46,10 +43,25 @@ def write(
             if name not in written:
                 writer.write({name: checkpoint.tensor(name)})
                 checkpoint.close()
-        result["bytes"]["after"] = sum(file.stat().st_size for file in writer.work.glob("*.safetensors"))
+
+
+@contextmanager
+def filling(
+    checkpoint: Checkpoint, writer: Writer, result: dict[str, Any], changes: dict[str, Any]
+) -> Iterator[None]:
+    """A folder to fill through ``writer``: at the end it is renamed to its place, or gone where something failed.
+
+    ``changes`` go into config.json (None: the key goes), ``result`` into the report that prune wrote, if it is there.
+    """
+    report = _report(checkpoint)
+    writer.begin({"export": result["format"]}, resume=False)
+    try:
+        yield
+        files = [file for file in writer.work.glob("*.safetensors") if file.name != gridfile.NAME]
+        result["bytes"]["after"] = sum(file.stat().st_size for file in files)
         hashes: dict[str, Any] = {}
         writer.prepare_to_finish(hashes)
-        _write_config(writer.work / "config.json", quantization)
+        _change_config(writer.work / "config.json", changes)
         writer.finish(None if report is None else {**report, "export": {**result, **hashes}})
     except BaseException:
         shutil.rmtree(writer.work, ignore_errors=True)  # gone already when only the last clean-up failed
@@ -75,10 +87,10 @@ def _headers(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> dict[str, dict[
     }
 
 
-def _write_config(file: Path, quantization: dict[str, Any]) -> None:
-    config = json.loads(file.read_text("utf-8"))
-    config["quantization_config"] = quantization
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def _change_config(file: Path, changes: dict[str, Any]) -> None:
+    config = {**json.loads(file.read_text("utf-8")), **changes}
+    whole = {key: value for key, value in config.items() if value is not None or key not in changes}
+    file.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _report(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -19,7 +19,13 @@ CPU = torch.device("cpu")
 
 
 def check(
-    checkpoint: Checkpoint, out: Path, result: dict[str, Any], gain: str, *, trust_remote_code: bool, progress: Any
+    checkpoint: Checkpoint,
+    out: Path,
+    result: dict[str, Any],
+    gain: str,
+    *,
+    trust_remote_code: bool,
+    progress: Any,
 ) -> dict[str, Any]:
     """Perplexity and zeros in float32; load time and speed in the dtype of what is stored, as ``generate`` runs it.
 
@@ -31,7 +37,8 @@ def check(
     source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
     before = {name: weight == 0 for name, weight in _weights(model)}
     del model
-    exported = load_model(Checkpoint.open(out), torch.float32, CPU, trust_remote_code)
+    written = Checkpoint.open(out)
+    exported = load_model(written, torch.float32, CPU, trust_remote_code)
     found = export_check.score(exported, text.windows, "perplexity of the files", progress)
     zeros = export_check.Zeros()
     for name, weight in _weights(exported):  # after a pass: some are unpacked by the first
@@ -39,8 +46,8 @@ def check(
     del exported
     return export_check.summary(
         text, result, source=source, exported=found, zeros=zeros.shares(),
-        files=sorted(out.glob("*.safetensors")), gain=gain,
-        runtime=_runtime(Checkpoint.open(out), text.windows.ids[0][:PROMPT], trust_remote_code),
+        files=written.files, gain=gain,
+        runtime=_runtime(written, text.windows.ids[0][:PROMPT], trust_remote_code),
     )  # fmt: skip
 
 
@@ -60,10 +67,10 @@ def _runtime(written: Checkpoint, prompt: Tensor, trust_remote_code: bool) -> di
 def _weights(model: Any) -> list[tuple[str, Tensor]]:
     """The weights of linear layers, the output layer's aside."""
     head = model.get_output_embeddings()
-    found = []
+    found: list[tuple[str, Tensor]] = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             found.append((name, module.unpack(torch.float32).weight))
         elif isinstance(module, nn.Linear | Conv1D) and module is not head:
-            found.append((name, module.weight))
+            found.append((name, module.get_parameter("weight")))
     return found

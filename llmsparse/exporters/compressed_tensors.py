@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmsparse import pieces
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
+from llmsparse.export_sizes import Stored, sizes
 from llmsparse.extras import Extra
 from llmsparse.heap import return_freed_memory
 from llmsparse.packing import Candidate, Numbers, candidates
@@ -153,24 +154,12 @@ def _config(skeleton: Skeleton, chosen: list[Candidate], kind: Values) -> dict[s
 
 
 def _result(skeleton: Skeleton, made: list[Piece], kind: Values, warnings: list[str]) -> dict[str, Any]:
-    """Bytes before and after: of everything, of linear weights, of the embedding and output tables."""
-    checkpoint = skeleton.checkpoint
-    sizes = {
-        piece.source: sum(
-            dtype.itemsize * torch.Size(shape).numel() for dtype, shape in piece.tensors.values()
-        )
-        for piece in made
-    }
-    before = sum(map(checkpoint.bytes, sizes))
-    parameters = sum(torch.Size(checkpoint.shape(name)).numel() for name in sizes)
-    tables = sum(checkpoint.bytes(skeleton.sources[f"{path}.weight"][0][0]) for path in skeleton.tables)
-    return {
-        "format": "compressed-tensors",
-        "bytes": {"before": sum(file.stat().st_size for file in checkpoint.files), "after": 0},
-        "linear": {"before": before, "after": sum(sizes.values())},
-        "embeddings": {"before": tables, "after": tables},
-        "linear_parameters": parameters,
-        "bits_per_weight": 8 * sum(sizes.values()) / max(parameters, 1),
-        "layouts": {NAMES[kind.bits]: len(made)},
-        "warnings": warnings,
-    }
+    """Linear weights as codes, tables as they were."""
+    stored = [Stored(piece.source, NAMES[kind.bits], _bytes(piece)) for piece in made]
+    tables = dict.fromkeys(skeleton.sources[f"{path}.weight"][0][0] for path in skeleton.tables)
+    stored += [Stored(name, "ordinary", skeleton.checkpoint.bytes(name), True) for name in tables]
+    return {"format": "compressed-tensors", **sizes(skeleton.checkpoint, stored), "warnings": warnings}
+
+
+def _bytes(piece: Piece) -> int:
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in piece.tensors.values())

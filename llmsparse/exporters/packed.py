@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from llmsparse import pieces
 from llmsparse.checkpoint import Checkpoint
+from llmsparse.export_sizes import Stored, sizes
 from llmsparse.extras import Extra
 from llmsparse.heap import return_freed_memory
 from llmsparse.packed import VERSION, Packed, smallest
@@ -95,24 +95,12 @@ def _pack(
 
 
 def _result(skeleton: Skeleton, made: list[Made], warnings: list[str]) -> dict[str, Any]:
-    """Bytes before and after: of everything, of linear weights, of the embedding and output tables."""
-    checkpoint = skeleton.checkpoint
+    """Every weight's bytes; ``ordinary``: as it was."""
     packed = {each.candidate.source: each.packed for each in made}
     tables = {skeleton.sources[f"{path}.weight"][0][0] for path in skeleton.tables}
-    linear = {w.source for w in skeleton.weights} - tables
-    parameters = sum(w.out_features * w.in_features for w in skeleton.weights if w.source in linear)
-    sizes = {}
-    for key, names in (("linear", linear), ("embeddings", tables)):
-        after = sum(packed[n].bytes if n in packed else checkpoint.bytes(n) for n in names)
-        sizes[key] = {"before": sum(map(checkpoint.bytes, names)), "after": after}
-    layouts = Counter(each.packed.layout for each in made)
-    layouts["ordinary"] = len(linear | tables) - len(made)
-    return {
-        "format": "packed",
-        "bytes": {"before": sum(file.stat().st_size for file in checkpoint.files), "after": 0},
-        **sizes,
-        "linear_parameters": parameters,
-        "bits_per_weight": 8 * sizes["linear"]["after"] / max(parameters, 1),
-        "layouts": {name: count for name, count in layouts.items() if count},
-        "warnings": warnings,
-    }
+    stored = []
+    for name in dict.fromkeys([*(w.source for w in skeleton.weights), *sorted(tables)]):
+        found = packed.get(name)
+        layout, size = (found.layout, found.bytes) if found else ("ordinary", skeleton.checkpoint.bytes(name))
+        stored.append(Stored(name, layout, size, name in tables))
+    return {"format": "packed", **sizes(skeleton.checkpoint, stored), "warnings": warnings}
