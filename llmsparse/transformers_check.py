@@ -70,7 +70,7 @@ def _weights(model: Any) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            found.append((name, module.unpack(torch.float32).weight))
+            found.append((name, module.unpack(torch.float32).get_parameter("weight")))
         elif isinstance(module, nn.Linear | Conv1D) and module is not head:
             found.append((name, module.get_parameter("weight")))
     return found
