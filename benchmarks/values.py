@@ -96,7 +96,7 @@ def _find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, A
 
 def _measure(folder: Path, method: Method, wanted: dict[str, Any], options: Any) -> dict[str, Any]:
     models.say(wanted, f"{wanted['values']} {method.how}, tables {method.embeddings}")
-    place = _made(folder, method, wanted, options)
+    place = made(folder, method, wanted, options)
     found = evaluate(place, "wikitext2", context=options.context, windows=options.windows)
     known = found | found["sources"][0]
     figures = {k: known[k] for k in ("perplexity", "standard_error", "tokens", "windows", "dtype")}
@@ -104,7 +104,7 @@ def _measure(folder: Path, method: Method, wanted: dict[str, Any], options: Any)
     return {**row, **rows.provenance(rows.calibration_text())}
 
 
-def _made(folder: Path, method: Method, wanted: dict[str, Any], options: Any) -> Path:
+def made(folder: Path, method: Method, wanted: dict[str, Any], options: Any) -> Path:
     """The model of ``method``, made now or found below ``--keep``; nothing large stays that is easily made again."""
     if method.how != "sweep":
         with models.pruned(folder, rows.calibration_text(), wanted, options) as (model, _):
