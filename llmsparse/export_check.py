@@ -86,6 +86,20 @@ def told(losses: list[float], windows: Windows) -> tuple[float, float | None]:
 
 
 @torch.inference_mode()
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The likeliest ``count`` tokens after ``prompt`` in transformers, each from the whole text before it."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def equal(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens are equal before the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+
+
+@torch.inference_mode()
 def speeds(model: Any, ids: Tensor) -> dict[str, float]:
     """Tokens a second of greedy decoding in transformers after a prompt (tokens,), by threads; the fastest of some."""
     before, found = torch.get_num_threads(), {}

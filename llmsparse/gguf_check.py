@@ -89,7 +89,7 @@ def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> 
     ][:POSITIONS]  # fmt: skip
     apart = torch.tensor([theirs - own for own, theirs in pairs] or [torch.inf])
     same = [likeliest[k - 1] == t for k, t in zip(positions, told["likeliest"], strict=True) if t is not None]
-    continued = _greedy(model, prompt, len(told["greedy"]))
+    continued = export_check.greedy(model, prompt, len(told["greedy"]))
     return {
         "positions": len(pairs),
         "beyond_list": told["beyond"],
@@ -98,7 +98,7 @@ def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> 
         "largest_apart": apart.abs().max().item(),
         "same_likeliest": sum(same) / max(len(same), 1),
         "greedy_tokens": len(continued),
-        "greedy_equal": _equal(continued, told["greedy"]),
+        "greedy_equal": export_check.equal(continued, told["greedy"]),
         "text_tokens": {
             "transformers": len(tokenizer(sample)["input_ids"]),
             "llama_cpp": told["text_tokens"],
@@ -116,19 +116,6 @@ def _logprobs(model: Any, ids: Tensor) -> tuple[Tensor, list[int]]:
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     found = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     return found, logits.argmax(-1).tolist()
-
-
-@torch.inference_mode()
-def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-def _equal(ours: list[int], theirs: list[int]) -> int:
-    """How many tokens are equal before the first that differs."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
 
 
 def _failures(parity: dict[str, Any], allowed: float) -> list[str]:

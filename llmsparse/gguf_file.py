@@ -46,7 +46,7 @@ def plan(numbers: Numbers, config: Any, family: Family) -> list[Entry]:
         if len(shape) == 1:
             found.append(Entry(place, shape, "F32"))
             continue
-        kind = _kind(numbers, place)
+        kind = numbers.coded(_candidate(place))
         packs = kind is not None and gguf_blocks.fits(kind, shape[1])
         found.append(Entry(place, shape, TYPES[kind.bits] if kind and packs else floats, kind))
     return found
@@ -56,18 +56,6 @@ def _floats(numbers: Numbers) -> str:
     """The type of what has no codes."""
     kind = numbers.values
     return TYPES[kind.name] if kind is not None and kind.float_dtype is not None else "F16"
-
-
-def _kind(numbers: Numbers, place: Place) -> Values | None:
-    """The kind of codes that a matrix gets: those beside the model, else as --values and --embeddings ask."""
-    if numbers.codes is not None:
-        if place.source in numbers.codes.names:
-            return Values.parse(str(numbers.codes.grid(place.source)))
-        numbers._kind(_candidate(place))  # refuses an --embeddings that the codes contradict
-        return None
-    if place.table or place.head:
-        return None if numbers.embeddings == "keep" else Values.parse(numbers.embeddings)
-    return None if numbers.values is None or numbers.values.float_dtype is not None else numbers.values
 
 
 def _candidate(place: Place) -> Candidate:

@@ -200,6 +200,17 @@ class Numbers:
             return kind, numbers, None
         return kind, *self.fitted(candidate, Grid.parse(kind.name))
 
+    def coded(self, candidate: Candidate) -> Values | None:
+        """The kind of codes that ``of`` gives, for targets that store everything else as floats of their own choice."""
+        if self.codes is not None and candidate.source in self.codes.names:
+            return Values.parse(str(self.codes.grid(candidate.source)))
+        if self.codes is not None:
+            self._kind(candidate)  # refuses --embeddings that the codes contradict
+            return None
+        if candidate.table or candidate.head:
+            return None if self.embeddings == "keep" else Values.parse(self.embeddings)
+        return None if self.values is None or self.values.float_dtype is not None else self.values
+
     def _kind(self, candidate: Candidate) -> Values | None:
         stored = Values.of(self.checkpoint.dtype(candidate.source))
         asked = self.values
