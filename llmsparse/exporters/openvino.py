@@ -180,7 +180,7 @@ def _recut(matrices: list[Matrix]) -> list[str]:
         return []
     first = cut[0]
     return [
-        f"{len(cut)} matrices have their scales repeated for smaller groups, since {first.kind.group} divides not their "
+        f"{len(cut)} matrices have their scales repeated for smaller groups: {first.kind.name}'s does not divide their "
         f"rows; the first is {first.candidate.source} with {first.shape[1]} inputs in groups of "
-        f"{group_of(first.kind, first.shape[1])}; no code and no scale is another"
+        f"{group_of(first.kind, first.shape[1])}; codes and scales stay what they were"
     ]
