@@ -27,18 +27,19 @@ EXACT = 0.001  # the same where the codes lay beside the model: nothing was roun
 
 
 class Text(NamedTuple):
-    """About ``TOKENS`` tokens of Python's own documentation, which every machine has."""
+    """Some tokens of Python's own documentation, which every machine has."""
 
     windows: Windows
     text: str
     label: str
 
 
-def fixed_text(tokenizer: Any, positions: int) -> Text:
+def fixed_text(tokenizer: Any, positions: int, tokens: int | None = None) -> Text:
+    """About ``tokens`` tokens (``TOKENS``, if not given) in windows that a model of so many ``positions`` takes."""
     text, _, label = load_text("builtin")
     context = min(CONTEXT, positions)
     cut = cut_windows(text, tokenizer, context)
-    count = max(1, TOKENS // context)
+    count = max(1, (tokens or TOKENS) // context)
     parts = (None if part is None else part[:count] for part in cut)
     return Text(Windows(*parts), text, label)  # type: ignore[arg-type]
 
