@@ -43,6 +43,8 @@ def export(
     exporter = plugins.load("exporters", format)
     needed = exporter.EXTRA.packages | (exporter.EXTRA.check if check else {})
     extras.require(f"--format {format}{' --check' * check}", exporter.EXTRA, needed)
+    if check and hasattr(exporter, "before_check"):  # whether this machine has what the check runs
+        exporter.before_check()
     checkpoint = Checkpoint.open(model, revision, token, cache_dir)
     _refuse_quantised(checkpoint, model, trust_remote_code, packed=getattr(exporter, "PACKED", False))
     Writer.check_target(out, overwrite, checkpoint.folder)

@@ -160,10 +160,10 @@ def zipped_share(file: Path) -> float:
 def tolerance(result: dict[str, Any]) -> float:
     """How much larger the perplexity may be, as a share: by the coarsest type, or next to nothing for given codes."""
     values = result["values"]
-    if values.get("from", "").endswith(".safetensors"):
-        return EXACT
     names = [*result["layouts"], *values.get("kinds", ()), values.get("embeddings", "")]
-    return max(LOSES.get(name.partition(":")[0], EXACT) for name in names)
+    if values.get("from", "").endswith(".safetensors"):
+        names = values.get("rounded", ())
+    return max((LOSES.get(name.partition(":")[0], EXACT) for name in names), default=EXACT)
 
 
 def verdict(share: float, allowed: float, *, both: bool) -> list[str]:

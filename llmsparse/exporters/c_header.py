@@ -4,7 +4,6 @@ import json
 import shlex
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmsparse.atomic import whole_folder
 from llmsparse.c_arrays import Arrays
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
+from llmsparse.export_sizes import Stored, sizes
 from llmsparse.extras import Extra
 from llmsparse.grid import Grid
 from llmsparse.gridfile import GridFile
@@ -90,6 +90,11 @@ class Matrix(NamedTuple):
     text: str
 
     @property
+    def stored(self) -> Stored:
+        table = self.candidate.table or self.candidate.head
+        return Stored(self.candidate.source, self.packed.layout, self.packed.bytes, table)
+
+    @property
     def products(self) -> int:
         """Multiply-accumulates of one product."""
         return (
@@ -109,23 +114,39 @@ def export(
     check_kind("--embeddings", embeddings)
     check_family(checkpoint.config(trust_remote_code))
     skeleton = Skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    sizes = dimensions(skeleton)
+    shape = dimensions(skeleton.config)
     codes = GridFile.open(checkpoint.folder)
     numbers = Numbers(checkpoint, values if values or codes else "int8", embeddings)
     out = out.expanduser().absolute()
     with disk_errors(out), whole_folder(out) as folder:
         with (folder / "model.h").open("w", encoding="ascii") as stream:
-            stream.write(HEAD.format(macros=_macros(sizes), context=sizes["context"]))
+            stream.write(HEAD.format(macros=_macros(shape), context=shape["context"]))
             arrays = Arrays(stream)
             matrices = _weights(arrays, skeleton, lambda c: draw(numbers, c, values, embeddings), progress)
-            _tables(arrays, matrices, skeleton, sizes["layers"])
+            _tables(arrays, matrices, skeleton, shape["layers"])
             stream.write("#endif\n#endif\n")
         shutil.copyfile(RUNTIME, folder / RUNTIME.name)
-        result = _result(checkpoint, [*matrices.values()], sizes, arrays.bytes)
+        made = [*matrices.values()]
+        result = sizes(checkpoint, [matrix.stored for matrix in made])
         result["bytes"]["after"] = sum(file.stat().st_size for file in folder.iterdir())
-        result |= {"warnings": numbers.warnings, "seconds": round(time.perf_counter() - begun, 2)}
+        result |= {"device": _device(made, shape, arrays.bytes), **_values(numbers, made)}
+        result["seconds"] = round(time.perf_counter() - begun, 2)
         (folder / "export.json").write_text(json.dumps({"format": "c-header", **result}, indent=1) + "\n")
     return {**result, "next": shlex.join(["cc", "-O3", "-DLLAMA_MAIN", str(out / RUNTIME.name), "-lm"])}
+
+
+def check(checkpoint: Checkpoint, out: Path, result: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What the C is worth, compiled for this machine: see ``llmsparse.c_check``."""
+    from llmsparse.c_check import check
+
+    return check(checkpoint, out, result, **options)
+
+
+def before_check() -> None:
+    """Refuse a check on a machine without a C compiler; UserError says what to install."""
+    from llmsparse.c_program import compiler
+
+    compiler()
 
 
 def check_kind(option: str, name: str | None) -> None:
@@ -158,13 +179,16 @@ def check_family(config: Any) -> None:
         raise UserError(f"--format c-header was asked for, and the model has {wrong}; use --format packed")
 
 
-def dimensions(skeleton: Skeleton) -> dict[str, Any]:
-    """The numbers that size llama.c's buffers, and others that it needs."""
-    config = skeleton.config
-    heads = config.num_attention_heads
+def longest_text(config: Any) -> int:
+    """The tokens that llama.c may hold; a context within the sliding window never slides."""
+    window = getattr(config, "sliding_window", None)
     longest = config.max_position_embeddings
-    if (window := getattr(config, "sliding_window", None)) is not None:
-        longest = min(longest, window)  # a shorter context never slides
+    return longest if window is None else min(longest, window)
+
+
+def dimensions(config: Any) -> dict[str, Any]:
+    """The numbers that size llama.c's buffers, and others that it needs."""
+    heads, longest = config.num_attention_heads, longest_text(config)
     return {
         "vocab": config.vocab_size,
         "width": config.hidden_size,
@@ -181,12 +205,16 @@ def dimensions(skeleton: Skeleton) -> dict[str, Any]:
 
 def draw(numbers: Numbers, candidate: Candidate, values: str | None, embeddings: str | None) -> Drawn:
     """Kind, codes and scales of a weight: those beside the model, else the nearest to it, int8 by default."""
-    if numbers.codes is None or candidate.source not in numbers.codes.names:
+    if not _coded(numbers, candidate):
         asked = (embeddings if candidate.table or candidate.head else values) or "int8"
         return Values.parse(asked), *numbers.fitted(candidate, Grid.parse(asked))
     found = numbers.of(candidate)
     assert found is not None and found[2] is not None  # codes have scales
     return found[0], found[1], found[2]
+
+
+def _coded(numbers: Numbers, candidate: Candidate) -> bool:
+    return numbers.codes is not None and candidate.source in numbers.codes.names
 
 
 def _weights(
@@ -266,45 +294,42 @@ def last_tokens(skeleton: Skeleton) -> list[int]:
     return [-1] if found is None else list(found) if isinstance(found, list) else [found]
 
 
-def _macros(sizes: dict[str, Any]) -> str:
-    shown = {key: value for key, value in sizes.items() if key != "context"}
-    shown["epsilon"] = f"{sizes['epsilon']:.9g}f"
+def _macros(shape: dict[str, Any]) -> str:
+    shown = {key: value for key, value in shape.items() if key != "context"}
+    shown["epsilon"] = f"{shape['epsilon']:.9g}f"
     return "\n".join(f"#define LLAMA_{key.upper()} {value}" for key, value in shown.items())
 
 
-def ram_bytes(sizes: dict[str, Any], context: int) -> int:
+def ram_bytes(shape: dict[str, Any], context: int) -> int:
     """What llama.c's only buffer takes."""
-    keys, queries = (sizes[key] * sizes["head"] for key in ("kv_heads", "heads"))
-    cache = 2 * sizes["layers"] * context * keys
-    return 4 * (cache + context + 2 * (sizes["width"] + queries + sizes["inner"]) + 2 * (sizes["head"] // 2))
+    keys, queries = (shape[key] * shape["head"] for key in ("kv_heads", "heads"))
+    cache = 2 * shape["layers"] * context * keys
+    return 4 * (cache + context + 2 * (shape["width"] + queries + shape["inner"]) + 2 * (shape["head"] // 2))
 
 
-def _result(
-    checkpoint: Checkpoint, matrices: list[Matrix], sizes: dict[str, Any], flash: int
-) -> dict[str, Any]:
-    """Bytes before and after, and what a device must have."""
-    tables = [m for m in matrices if m.candidate.table or m.candidate.head]
-    linear = [m for m in matrices if m not in tables]
+def _device(matrices: list[Matrix], shape: dict[str, Any], flash: int) -> dict[str, int]:
+    """What a device must have."""
+    tables = [m for m in matrices if m.stored.table]
     head = next((m for m in tables if m.candidate.head), tables[0])
-    context = sizes["context"]
-    parameters = sum(m.packed.shape[0] * m.packed.shape[1] for m in linear)
-    before, after = (
-        [sum(of(m) for m in group) for group in (linear, tables)]
-        for of in (lambda m: checkpoint.bytes(m.candidate.source), lambda m: m.packed.bytes)
-    )
+    context = shape["context"]
     return {
-        "bytes": {"before": sum(file.stat().st_size for file in checkpoint.files), "after": 0},
-        "linear": {"before": before[0], "after": after[0]},
-        "embeddings": {"before": before[1], "after": after[1]},
-        "bits_per_weight": 8 * after[0] / max(parameters, 1),
-        "layouts": dict(Counter(m.packed.layout for m in matrices)),
-        "device": {
-            "flash_bytes": flash,
-            "ram_bytes": ram_bytes(sizes, context),
-            "context": context,
-            "macs_per_token": sum(m.products for m in [*linear, head]),
-            "macs_of_the_head": head.products,
-            "macs_of_attention": 2 * sizes["layers"] * sizes["heads"] * sizes["head"] * context,
-        },
-        "values": sorted({m.packed.values for m in matrices}),
+        "flash_bytes": flash,
+        "ram_bytes": ram_bytes(shape, context),
+        "context": context,
+        "macs_per_token": sum(m.products for m in matrices if not m.stored.table) + head.products,
+        "macs_of_the_head": head.products,
+        "macs_of_attention": 2 * shape["layers"] * shape["heads"] * shape["head"] * context,
     }
+
+
+def _values(numbers: Numbers, matrices: list[Matrix]) -> dict[str, Any]:
+    """``values``: where the codes came from; ``rounded``: the kinds of matrices that have none beside the model."""
+    found = {"values": numbers.describe(), "warnings": [*numbers.warnings]}
+    left = [m for m in matrices if not _coded(numbers, m.candidate)]
+    if numbers.codes is not None and left:
+        kinds = found["values"]["rounded"] = sorted({m.packed.values for m in left})
+        found["warnings"].append(
+            f"{len(left)} matrices have no codes beside the model and are the nearest {', '.join(kinds)} to each "
+            f"weight alone; the first is {left[0].candidate.source}"
+        )
+    return found

@@ -66,6 +66,19 @@ static float dense_row(const struct llama_matrix *m, int32_t row, const float *x
     return total;
 }
 
+/* The place of the lowest bit that is set; where one is. */
+static int32_t lowest(uint32_t bits)
+{
+#ifdef __GNUC__
+    return __builtin_ctzl(bits);
+#else
+    int32_t place = 0;
+    for (; !(bits & 1); bits >>= 1)
+        place++;
+    return place;
+#endif
+}
+
 /* A row of kept codes: *codes is where they begin, and then where the next row's do. */
 static float kept_row(const struct llama_matrix *m, int32_t row, const uint8_t **codes, const float *x)
 {
@@ -73,11 +86,11 @@ static float kept_row(const struct llama_matrix *m, int32_t row, const uint8_t *
     const uint8_t *mask = (const uint8_t *)m->mask + (size_t)row * (size_t)bytes;
     const uint16_t *scales = m->scales + (size_t)row * (size_t)groups_of(m);
     float sum = 0, total = 0;
-    for (int32_t i = 0; i < bytes; i++) {
-        int32_t column = 8 * i;
-        for (unsigned bits = mask[i]; bits; bits >>= 1, column++) {
-            if (!(bits & 1))
-                continue;
+    for (int32_t i = 0; i < bytes; i += 4) {
+        uint32_t bits = 0;
+        memcpy(&bits, mask + i, bytes - i < 4 ? (size_t)(bytes - i) : 4);
+        for (; bits; bits &= bits - 1) {
+            int32_t column = 8 * i + lowest(bits);
             for (; column >= end; end += m->group, sum = 0)
                 total += sum * from_bf16(*scales++);
             sum += (float)code_at(m, *codes, place++) * x[column];
