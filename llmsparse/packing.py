@@ -201,25 +201,17 @@ class Numbers:
         return kind, *self.fitted(candidate, Grid.parse(kind.name))
 
     def coded(self, candidate: Candidate) -> Values | None:
-<<<<<<< HEAD
-        """The kind of codes that ``of`` gives, for targets that store everything else as floats of their own choice."""
-        if self.codes is not None and candidate.source in self.codes.names:
-            return Values.parse(str(self.codes.grid(candidate.source)))
-        if self.codes is not None:
-            self._kind(candidate)  # refuses --embeddings that the codes contradict
-=======
-        """The kind of codes that a matrix gets: those beside the model, else as asked; None where it stays floats.
+        """The kind of codes that ``of`` gives, for targets that store everything else as floats of their own choice.
 
         Raises:
-            UserError: the codes beside the model contradict what was asked for.
+            UserError: the codes beside the model are others than what was asked for.
         """
+        if self.codes is not None and candidate.source in self.codes.names:
+            has = str(self.codes.grid(candidate.source))
+            self._refuse_other(candidate, has)
+            return Values.parse(has)
         if self.codes is not None:
-            if candidate.source in self.codes.names:
-                has = str(self.codes.grid(candidate.source))
-                self._refuse_other(candidate, has)
-                return Values.parse(has)
-            self._kind(candidate)  # refuses an --embeddings that the codes contradict
->>>>>>> a0e8dd2 (ONNX export: onnxruntime-genai's builder makes the float graph, our codes take the place of its weights)
+            self._kind(candidate)  # refuses --embeddings that the codes contradict
             return None
         if candidate.table or candidate.head:
             return None if self.embeddings == "keep" else Values.parse(self.embeddings)
