@@ -106,7 +106,9 @@ def _traced(model: Any, past: list[Tensor]) -> Any:
         # what is constant in the trace is in every call; the rest comes from OpenVINO's look at each attribute
         for category in (torch.jit.TracerWarning, DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
-        decoder = TorchScriptPythonDecoder(Explicit(model), example_input=example)  # the front end holds it weakly
+        decoder = TorchScriptPythonDecoder(
+            Explicit(model), example_input=example
+        )  # the front end holds it weakly
         front = FrontEndManager().load_by_framework("pytorch")
         graph = front.convert(front.load(decoder))
     apply_moc_transformations(graph, cf=False, smart_reshape=False)
