@@ -63,7 +63,7 @@ class Explicit(nn.Module):
 def stateful(model: Any) -> Any:
     """An ``openvino.Model`` of one sequence: ``INPUTS`` in, ``logits`` (1, tokens, vocabulary) out.
 
-    Its constants share the memory of ``model``, which must outlive it; those of parameters are called as they are.
+    Its constants share the memory of ``model``, which must outlive it; each has the name of its parameter.
     """
     from openvino import PartialShape
     from openvino._offline_transformations import apply_make_stateful_transformation

@@ -100,7 +100,7 @@ def _check_family(config: Any) -> None:
             f"{config.model_type} cannot be exported to OpenVINO here; known: {', '.join(FAMILIES)}. "
             "optimum-intel exports more, and rounds again"
         )
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}
     kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]
     for kind in (each.get("rope_type", "default") for each in kinds):
         if kind not in ROTARY:
