@@ -128,3 +128,11 @@ def test_a_compiler_or_a_program_that_fails_is_one_line(
     (tmp_path / "fails").chmod(0o755)
     with pytest.raises(UserError, match="ended with status 3 when asked for greedy"):
         Program(tmp_path / "fails", "llama.c", 0.0).ask("greedy", 1)
+
+
+def test_the_exported_file_is_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(sparse(tmp_path / "sparse"), tmp_path / "o", format="c-header")
+    with (tmp_path / "o" / "llama.c").open("a") as file:
+        file.write("#error of the exported file\n")
+    with pytest.raises(UserError, match=r"cannot compile .*/o/llama.c \(status 1\)"):
+        Program.build(tmp_path / "o", 8, tmp_path)

@@ -37,7 +37,7 @@ static int code_at(const struct llama_matrix *m, const uint8_t *codes, int32_t p
 {
     if (m->bits == 8)
         return ((const int8_t *)codes)[place];
-    return (codes[place / 2] >> (place % 2 * 4) & 15) - 8;
+    return (codes[(uint32_t)place >> 1] >> ((uint32_t)place & 1) * 4 & 15) - 8;
 }
 
 static int32_t groups_of(const struct llama_matrix *m)
@@ -88,7 +88,10 @@ static float kept_row(const struct llama_matrix *m, int32_t row, const uint8_t *
     float sum = 0, total = 0;
     for (int32_t i = 0; i < bytes; i += 4) {
         uint32_t bits = 0;
-        memcpy(&bits, mask + i, bytes - i < 4 ? (size_t)(bytes - i) : 4);
+        if (bytes - i >= 4)
+            memcpy(&bits, mask + i, 4);
+        else
+            memcpy(&bits, mask + i, (size_t)(bytes - i));
         for (; bits; bits &= bits - 1) {
             int32_t column = 8 * i + lowest(bits);
             for (; column >= end; end += m->group, sum = 0)

@@ -1,6 +1,6 @@
 /* What `export --format c-header --check` runs on this machine: the exported llama.c, included whole, and questions. */
 #define _POSIX_C_SOURCE 199309L
-#include "llama.c"
+#include <llama.c> /* of the folder that -I names, not the one beside this file */
 
 #include <stdio.h>
 #include <stdlib.h>
