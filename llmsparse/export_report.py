@@ -43,7 +43,9 @@ def _runtime(ran: dict[str, Any]) -> str:
         f"{rate:.1f} tokens/s with {n} thread{'s' * (int(n) > 1)}"
         for n, rate in ran["tokens_per_second"].items()
     )
-    return f"{ran['name']}: loads in {ran['load_seconds']:.1f} s; decodes {speeds}"
+    return (
+        f"{ran['name']}: loads in {ran['load_seconds']:.1f} s; decodes {speeds or 'too few tokens to time'}"
+    )
 
 
 def _parity(ran: dict[str, Any]) -> list[str]:
