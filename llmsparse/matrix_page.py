@@ -22,10 +22,10 @@ def html_of(result: Row) -> str:
     """The whole page; raises UserError without matplotlib."""
     from llmsparse.page import laid_out
 
-    written = [row for row in result["rows"] if "bytes" in row]
+    most = measure([row for row in result["rows"] if "bytes" in row])
     return laid_out(
         title=f"{result['model']}: its exports",
-        subtitle=f"Each measured in its own runtime on {written[0]['tokens']:,} tokens of {written[0]['text']}.",
+        subtitle=f"Each measured in its own runtime on {most['tokens']:,} tokens of {most['text']}.",
         warnings=(),
         sections=sections(result),
     )
@@ -38,11 +38,28 @@ def sections(result: Row) -> list[Section]:
     blocks = [
         Table("", [*map(Cell, ("target", *HEADINGS, *MORE))], [_cells(r, drawn[r["name"]]) for r in written])
     ]
-    made = [Section("exports", "Exports", HONEST, blocks), _plots(written, drawn)]
+    said = [*blocks, *map(Note, fewer(written))]
+    made = [Section("exports", "Exports", HONEST, said), _plots(written, drawn)]
     if left:
         notes = [Note(f"{row['name']}: {row['why']}") for row in left]
         made.append(Section("left", "Not written, or failed", "What stood in the way.", notes))
     return made
+
+
+def measure(rows: list[Row]) -> Row:
+    """The row that was measured on the most tokens; the others' perplexities are of a part of its text."""
+    return max(rows, key=lambda row: row["tokens"])
+
+
+def fewer(rows: list[Row]) -> list[str]:
+    """Of each row that was measured on fewer tokens than others: how many, and what the source has on them."""
+    most = measure(rows)["tokens"]
+    return [
+        f"{row['name']}: perplexity of {row['tokens']:,} tokens, the source's there is "
+        f"{plain(row['perplexity']['source'])}; figures show it where the same change puts it on the whole text"
+        for row in rows
+        if row["tokens"] < most
+    ]
 
 
 def texts(row: Row) -> list[str]:
@@ -66,9 +83,9 @@ def _cells(row: Row, look: Look) -> list[Cell]:
 
 
 def _plots(rows: list[Row], drawn: dict[str, Look]) -> Section:
-    source, dense = rows[0]["perplexity"]["source"], looks(1, 0)[0]
+    source, dense = measure(rows)["perplexity"]["source"], looks(1, 0)[0]
     size = {row["name"]: row["bytes"] / (1 << 20) for row in rows}
-    value = {row["name"]: row["perplexity"]["export"] for row in rows}
+    value = {row["name"]: source * (1 + row["perplexity"]["change"]) for row in rows}
     against_bytes = [Point(drawn[name], size[name], value[name]) for name in size]
     against_bytes.insert(0, Point(dense, rows[0]["source_bytes"] / (1 << 20), source))
     figures = [_figure("Against bytes", against_bytes, "weight files, MiB", value, size)]

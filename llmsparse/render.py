@@ -176,16 +176,17 @@ def export(result: Row) -> RenderableType:
 
 def export_matrix(result: Row) -> RenderableType:
     """A line for each export, and what kept the others from being written."""
-    from llmsparse.matrix_page import HEADINGS, HONEST, texts
+    from llmsparse.matrix_page import HEADINGS, HONEST, fewer, measure, texts
 
     written = [row for row in result["rows"] if "bytes" in row]
+    most = measure(written)
     columns = tuple(f"{heading} >" for heading in HEADINGS)
     runtimes = dict.fromkeys(f"{row['format']}: {row['runtime'] or 'not run'}" for row in written)
     lines = [
         f"runtimes: {'; '.join(runtimes)}",
         HONEST,
-        f"perplexity of the source {plain(written[0]['perplexity']['source'])}; {written[0]['tokens']:,} tokens of "
-        f"{written[0]['text']}",
+        f"perplexity of the source {plain(most['perplexity']['source'])}; {most['tokens']:,} tokens of {most['text']}",
+        *fewer(written),
         *(f"{row['name']}: {row['why']}" for row in result["rows"] if row["why"]),
         *(f"warning: {text}" for text in result["warnings"]),
         f"written to {result['out']}" + (f"; drawn in {result['page']}" if result["page"] else ""),

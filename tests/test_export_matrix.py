@@ -1,6 +1,8 @@
 """export-matrix: every export of one model side by side, what failed told, what is there kept."""
 
+import html
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from llmsparse import extras
 from llmsparse.cli import app
 from llmsparse.errors import UserError
 from llmsparse.export_matrix import export_matrix
+from llmsparse.figures import plain
+from llmsparse.matrix_page import fewer
 from tests.packed_tiny import add_grid, sparse
 from tests.test_gguf_export import model
 
@@ -34,6 +38,25 @@ def test_targets_are_measured_and_drawn_together(folder: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "all" / "matrix.json").read_text())["rows"][0]["bytes"] == first["bytes"]
     page = (tmp_path / "all" / "matrix.html").read_text()
     assert "Against bytes" in page and "Against speed, 1 thread" in page and "gguf" in page
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_a_target_that_read_less_text_is_told_and_placed_by_what_it_loses(
+    folder: Path, tmp_path: Path
+) -> None:
+    result = export_matrix(folder, out=tmp_path / "all", formats="c-header,gguf")
+    less, most = result["rows"]
+    assert less["tokens"] < most["tokens"] and result["failed"] == []
+    assert [*less["tokens_per_second"]] == ["1"] and [*most["tokens_per_second"]] in ([], ["1", "2"])
+    page = (tmp_path / "all" / "matrix.html").read_text()
+    assert f"on {most['tokens']:,} tokens of" in page and fewer([most]) == []
+    (line,) = fewer([less, most])
+    assert (
+        f"c-header: perplexity of {less['tokens']:,} tokens, the source's there is" in line
+        and line in html.unescape(page)
+    )
+    placed = most["perplexity"]["source"] * (1 + less["perplexity"]["change"])
+    assert f"c-header {plain(placed)} at" in page
 
 
 def test_what_is_there_is_kept_and_overwrite_writes_it_again(folder: Path, tmp_path: Path) -> None:
