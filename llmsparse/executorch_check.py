@@ -27,7 +27,7 @@ def check(
     model = load_model(checkpoint, torch.float32, torch.device("cpu"), trust_remote_code)
     source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
     prompt = text.windows.ids[0][: min(PROMPT, result["context"] - GREEDY)]
-    continued = _greedy(model, prompt)
+    continued = export_check.greedy(model, prompt.tolist(), GREEDY)
     del model
     zeros = _zeros(checkpoint, file, result["constants"])
     progress.start("ExecuTorch", 1)
@@ -41,10 +41,7 @@ def check(
             **{key: told[key] for key in ("load_seconds", "tokens_per_second")},
         },
     )  # fmt: skip
-    equal = next(
-        (i for i, pair in enumerate(zip(continued, told["greedy"], strict=True)) if pair[0] != pair[1]),
-        GREEDY,
-    )
+    equal = export_check.equal(continued, told["greedy"])
     found["notes"].append(f"greedy continuation equal to the source's for {equal} of {GREEDY} tokens")
     return found
 
@@ -72,16 +69,3 @@ def weight(held: dict[str, bytes], file: Path, source: str, name: str, shape: tu
             f"{extras.version('executorch')} stores weights in another way than 1.5.1 did; export again"
         )
     return torch.frombuffer(bytearray(held[name]), dtype=dtype).view(shape)
-
-
-@torch.inference_mode()
-def _greedy(model: Any, prompt: Tensor) -> list[int]:
-    """The likeliest ``GREEDY`` tokens after a prompt (tokens,)."""
-    told = model(input_ids=prompt[None], use_cache=True)
-    found: list[int] = []
-    while len(found) < GREEDY:
-        found.append(int(told.logits[0, -1].argmax()))
-        told = model(
-            input_ids=torch.tensor([[found[-1]]]), past_key_values=told.past_key_values, use_cache=True
-        )
-    return found

@@ -31,7 +31,8 @@ def export(
     default: the codes beside the model where prune or quantize wrote some, else the dtype that they have (gguf:
     fp16; c-header: int8; compressed-tensors: none, codes are needed).
     ``embeddings``: ``keep``, ``int8``, ``int4:32``...; default: as the codes beside the model, else int8 with integer
-    values. ``check``: measure what was written, in its own runtime where that is installed, beside the source.
+    values. gguf takes ``q8_0``, ``q4_0``, ``q4_k`` and ``q6_k`` for both: ggml's own rounding.
+    ``check``: measure what was written, in its own runtime where that is installed, beside the source.
     Returns ``bytes``, ``linear``, ``embeddings`` (bytes before and after), ``bits_per_weight``, ``layouts``
     (how many weights each has), ``warnings``, with ``check`` what it found, of c-header the ``device``.
 

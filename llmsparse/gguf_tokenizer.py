@@ -87,14 +87,14 @@ def _tokens(
     for token, i in ids.items():
         tokens[i] = token
         kinds[i] = BYTE if pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", token) else NORMAL
+    unknown = parts["model"].get("unk_token")
+    if pieces and unknown in ids:
+        kinds[ids[unknown]] = UNKNOWN  # unless it is named as special too, as in llama.cpp's own converter
     for added in parts["added_tokens"]:
         i = added["id"]
         kinds[i] = CONTROL if added["special"] else USER_DEFINED
         if pieces and not added["special"]:
             tokens[i] = added["content"].replace("▁", " ")  # llama.cpp looks for these in the text itself
-    unknown = parts["model"].get("unk_token")
-    if pieces and unknown in ids:
-        kinds[ids[unknown]] = UNKNOWN
     return tokens, kinds
 
 

@@ -27,27 +27,38 @@ def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Load ``file`` with one thread, then with two.
+    """Load ``file`` with one thread, then with two: only their speed is asked, since beside other work they wait.
 
     ``ids``: teacher-forced tokens; position k's log-probability of ``ids[k]`` after ``ids[:k]``, for k of
-    ``positions``. ``prompt``: ids to continue greedily for ``count`` tokens. ``text``: to be tokenised.
-    Returns ``logprobs`` and ``likeliest`` (None where llama.cpp named no token), ``beyond`` (targets outside the list),
-    ``greedy``, ``text_tokens``, ``load_seconds``, ``tokens_per_second`` by threads.
+    ``positions`` until ``enough`` were found. ``prompt``: ids to continue greedily for ``count`` tokens. ``text``: to
+    be tokenised.
+    Returns ``logprobs`` and ``likeliest`` (None where llama.cpp named no token) of the first positions, ``beyond``
+    (targets outside the list), ``greedy``, ``text_tokens``, ``load_seconds``, ``tokens_per_second`` by threads.
     """
     begun = time.perf_counter()
     server = _server(request, 1)
     found: dict[str, Any] = {"load_seconds": time.perf_counter() - begun}
-    listed = [_likeliest(server, request["ids"][:k]) for k in request["positions"]]
-    targets = [request["ids"][k] for k in request["positions"]]
-    found["logprobs"] = [None if row is None else row.get(t) for row, t in zip(listed, targets, strict=True)]
-    found["likeliest"] = [None if row is None else next(iter(row)) for row in listed]
-    found["beyond"] = sum(row is not None and t not in row for row, t in zip(listed, targets, strict=True))
+    found |= _forced(server, request["ids"], request["positions"], request["enough"])
     found["greedy"] = _greedy(server, request["prompt"], request["count"])
     found["text_tokens"] = _ask(server, prompt=request["text"], max_tokens=1)["usage"]["prompt_tokens"]
     speeds = {1: _speed(server, request["prompt"])}
     del server
     speeds[2] = _speed(_server(request, 2), request["prompt"])
     return found | {"tokens_per_second": speeds}
+
+
+def _forced(server: Any, ids: list[int], positions: list[int], enough: int) -> dict[str, Any]:
+    logprobs: list[float | None] = []
+    likeliest: list[int | None] = []
+    beyond = 0
+    for k in positions:
+        row = _likeliest(server, ids[:k], LISTED)
+        logprobs.append(None if row is None else row.get(ids[k]))
+        likeliest.append(None if row is None else next(iter(row)))
+        beyond += row is not None and ids[k] not in row
+        if len(logprobs) - logprobs.count(None) == enough:
+            break
+    return {"logprobs": logprobs, "likeliest": likeliest, "beyond": beyond}
 
 
 def _server(request: dict[str, Any], threads: int) -> Any:
@@ -70,12 +81,12 @@ def _ask(server: Any, **request: Any) -> dict[str, Any]:
     return found
 
 
-def _likeliest(server: Any, ids: list[int]) -> dict[int, float] | None:
-    """Token -> log-probability, the likeliest first; None where the first token is half a character.
+def _likeliest(server: Any, ids: list[int], count: int) -> dict[int, float] | None:
+    """Token -> log-probability of the ``count`` likeliest, in order; None where the first is half a character.
 
     llama.cpp leaves such a token out of its answer.
     """
-    found = _ask(server, prompt=ids, max_tokens=1, logprobs=LISTED)["choices"][0]["logprobs"]
+    found = _ask(server, prompt=ids, max_tokens=1, logprobs=count)["choices"][0]["logprobs"]
     if not found or not found["content"]:
         return None
     return {row["id"]: row["logprob"] for row in found["content"][0]["top_logprobs"]}
@@ -84,7 +95,7 @@ def _likeliest(server: Any, ids: list[int]) -> dict[int, float] | None:
 def _greedy(server: Any, prompt: list[int], count: int) -> list[int]:
     """Ends early at half a character."""
     written: list[int] = []
-    while len(written) < count and (row := _likeliest(server, prompt + written)) is not None:
+    while len(written) < count and (row := _likeliest(server, prompt + written, 1)) is not None:
         written.append(next(iter(row)))
     return written
 

@@ -17,13 +17,15 @@ if not torch.cuda.is_available():  # before a kernel is imported: Triton decides
     os.environ["TRITON_INTERPRET"] = "1"
 
 from llmsparse.errors import UserError
+from llmsparse.gguf_checkpoint import gemma as converted_gemma
 from llmsparse.gguf_checkpoint import smollm2 as converted_smollm2
 
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models, whose products are too small to share; every core for a real one."""
-    torch.set_num_threads(os.cpu_count() or 1 if "smollm2" in request.fixturenames else 1)
+    real = {"smollm2", "gemma"} & {*request.fixturenames}
+    torch.set_num_threads(os.cpu_count() or 1 if real else 1)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,15 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a bf16 folder, converted once into the user's cache; read only."""
     try:
         return converted_smollm2()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Gemma 3 270M as a bf16 folder, converted once into the user's cache; read only; windows need BOS."""
+    try:
+        return converted_gemma()
     except UserError as error:
         pytest.skip(str(error))
 

