@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmsparse import runtime_child
+from llmsparse.executorch_program import quiet
 
 
 def run(file: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -43,9 +44,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _import() -> tuple[Any, Callable[[int], None]]:
     """The runtime with the operators of codes, and what sets its threads."""
-    import executorch.kernels.quantized  # noqa: F401
-    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-    from executorch.runtime import Runtime
+    with quiet():
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        from executorch.runtime import Runtime
 
     return Runtime.get(), _unsafe_reset_threadpool
 
