@@ -35,11 +35,11 @@ def sections(result: Row) -> list[Section]:
     written = [row for row in result["rows"] if "bytes" in row]
     drawn = dict(zip([row["name"] for row in written], looks(1, len(written))[1:], strict=True))
     left = [row for row in result["rows"] if row["why"]]
-    blocks = [
+    blocks: list[Table | Note] = [
         Table("", [*map(Cell, ("target", *HEADINGS, *MORE))], [_cells(r, drawn[r["name"]]) for r in written])
     ]
-    said = [*blocks, *map(Note, fewer(written))]
-    made = [Section("exports", "Exports", HONEST, said), _plots(written, drawn)]
+    blocks += map(Note, fewer(written))
+    made = [Section("exports", "Exports", HONEST, blocks), _plots(written, drawn)]
     if left:
         notes = [Note(f"{row['name']}: {row['why']}") for row in left]
         made.append(Section("left", "Not written, or failed", "What stood in the way.", notes))

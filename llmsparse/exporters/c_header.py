@@ -324,12 +324,12 @@ def _device(matrices: list[Matrix], shape: dict[str, Any], flash: int) -> dict[s
 
 def _values(numbers: Numbers, matrices: list[Matrix]) -> dict[str, Any]:
     """``values``: where the codes came from; ``rounded``: the kinds of matrices that have none beside the model."""
-    found = {"values": numbers.describe(), "warnings": [*numbers.warnings]}
+    values, warnings = numbers.describe(), [*numbers.warnings]
     left = [m for m in matrices if not _coded(numbers, m.candidate)]
     if numbers.codes is not None and left:
-        kinds = found["values"]["rounded"] = sorted({m.packed.values for m in left})
-        found["warnings"].append(
+        kinds = values["rounded"] = sorted({m.packed.values for m in left})
+        warnings.append(
             f"{len(left)} matrices have no codes beside the model and are the nearest {', '.join(kinds)} to each "
             f"weight alone; the first is {left[0].candidate.source}"
         )
-    return found
+    return {"values": values, "warnings": warnings}
