@@ -156,7 +156,7 @@ def _write(
         if kind.float_dtype is None:
             drawn = numbers.of(candidate)
             assert drawn is not None and drawn[2] is not None
-            node = openvino_weights.of_codes(candidate.source, *drawn)
+            node = openvino_weights.of_codes(candidate.source, drawn[0], drawn[1], drawn[2])
         else:
             tensor = numbers.checkpoint.tensor(candidate.source)
             node = openvino_weights.of_floats(candidate.source, kind, tensor)
