@@ -7,8 +7,8 @@ from torch import Tensor
 from llmsparse.errors import UserError
 from llmsparse.values import Values
 
-WIDE = (32, 64, 128, 256)  # inputs a scale; 16 is legal too, and slow
-NARROW = 16
+WIDE = (32, 64)  # inputs a scale; wider ones are legal, but activations are rounded in blocks as wide
+NARROW = 16  # slower
 
 
 def block_of(kind: Values, inputs: int, name: str) -> int:
@@ -23,7 +23,7 @@ def block_of(kind: Values, inputs: int, name: str) -> int:
     if not fits:
         raise UserError(
             f"{name}: {kind.name} has a scale for every {kind.group} inputs, and ONNX's MatMulNBits one for every 16, "
-            "32, 64, 128 or 256; use int4:32 or int4:64"
+            "32 or 64 or more; use int4:32 or int4:64"
         )
     return min(fits, key=lambda block: row_bytes(kind, block, inputs))
 

@@ -65,6 +65,8 @@ def adapt(config: Any) -> None:
         config.rope_parameters = dict(rotary["full_attention"])
     if config.model_type == "phi3":  # else it looks for two sets of rotary embeddings
         config.original_max_position_embeddings = config.max_position_embeddings
+    if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
 
 
 def piece(node: str, config: Any) -> Piece | None:

@@ -91,30 +91,30 @@ class _Weights:
             for each in packable
             if (kind := self.kinds[each.source]) is not None
         }
-        self.left = {path for path, each in self.places.items() if self.kinds[each.source] is not None}
+        self.left = set(self.places)
         self._coded = lru_cache(maxsize=2)(self._drawn)  # of a matrix in pieces, and of a table that is tied
 
     def draw(self, piece: Piece, built: np.ndarray) -> Coded | None:
         """The codes of these rows of a weight that the builder has as ``built`` (out, in); None: it stays float."""
         place = self.places.get(piece.path)
-        if place is None or self.kinds[place.source] is None:
+        if place is None:
             return None
         stored = self.numbers.checkpoint.tensor(place.source)[piece.rows].float().numpy()
+        self.numbers.checkpoint.close()
         if not np.array_equal(stored, built):
             raise UserError(
-                f"onnxruntime-genai's model builder changed {place.source}; no codes can stand for it"
+                f"onnxruntime-genai's model builder did not put {place.source} where it belongs, or changed it"
             )
-        whole = self._coded(place)
         self.left.discard(piece.path)
-        self.numbers.checkpoint.close()
+        if self.kinds[place.source] is None:
+            return None
+        whole = self._coded(place)
         return whole._replace(packed=whole.packed[piece.rows], scales=whole.scales[piece.rows])
 
     def check_drawn(self) -> None:
-        """UserError where a weight that has codes met no node."""
+        """UserError where a weight met no node."""
         if self.left:
-            raise UserError(
-                f"onnxruntime-genai's model builder has no node for {min(self.left)}, whose codes are lost"
-            )
+            raise UserError(f"onnxruntime-genai's model builder has no node for {min(self.left)}")
 
     def _drawn(self, place: Candidate) -> Coded:
         drawn = self.numbers.of(place)
