@@ -62,7 +62,8 @@ def weight(held: dict[str, bytes], file: Path, source: str, name: str, shape: tu
     Raises:
         UserError: it is not there.
     """
-    dtype = DTYPES.get(len(held.get(name, b"")) / prod(shape))
+    size, left = divmod(len(held.get(name, b"")), prod(shape))
+    dtype = None if left else DTYPES.get(size)
     if dtype is None:
         raise UserError(
             f"{file} does not hold {source} as export.json says: it was changed, or executorch "

@@ -123,7 +123,8 @@ def put_codes(model: nn.Module, path: str, codes: Tensor, scales: Tensor) -> Non
     if isinstance(old, nn.Embedding):
         new: nn.Module = CodedEmbedding(codes, scales)
     else:
-        new = CodedLinear(codes, scales, old.bias if old.bias is None else old.bias.detach())  # type: ignore[arg-type]
+        bias = dict(old.named_parameters()).get("bias")
+        new = CodedLinear(codes, scales, None if bias is None else bias.detach())
     setattr(model.get_submodule(parent), name, new)
 
 

@@ -90,7 +90,8 @@ def told(losses: list[float], windows: Windows) -> tuple[float, float | None]:
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """The likeliest ``count`` tokens after ``prompt`` in transformers."""
-    told, found = model(input_ids=torch.tensor([prompt]), use_cache=True), []
+    told = model(input_ids=torch.tensor([prompt]), use_cache=True)
+    found: list[int] = []
     while len(found) < count:
         found.append(int(told.logits[0, -1].argmax()))
         read = torch.tensor([found[-1:]])
