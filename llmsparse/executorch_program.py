@@ -62,7 +62,7 @@ def _partitioner() -> Any:
 
     configs = [Linear if config is LinearConfig else config for config in ALL_PARTITIONER_CONFIGS]
     partitioner = XnnpackPartitioner(configs=configs)
-    # one pass over each part instead of 17, which took most of the time; the others are for what is not in these programs
+    # one pass over each part instead of 17, which took over half of a profiled run; the others are for other operators
     spec = CompileSpec("dqlinear_partitioner", b"")
     partitioner.delegation_spec = DelegationSpec(partitioner.delegation_spec.backend_id, [spec])
     return partitioner
