@@ -127,7 +127,7 @@ HELP_OF = {  # where a name means less than it does to prune
         "export",
         "values",
     ): "bf16, fp16, fp32, int8, int4:32; gguf also q8_0, q4_0, q4_k, q6_k (default: the codes beside MODEL, else bit for "
-    "bit; gguf: fp16, c-header: int8)",
+    "bit; gguf, openvino: fp16; onnx, executorch: fp32; c-header: int8)",
     (
         "export-matrix",
         "out",

@@ -28,8 +28,8 @@ def export(
     """Write ``model`` into the new folder ``out`` in ``format``, tensor by tensor; it appears whole or not at all.
 
     ``values``: how kept weights are stored: ``bf16``, ``fp16``, ``fp32`` (bit for bit), ``int8``, ``int4:32``...;
-    default: the codes beside the model where prune or quantize wrote some, else the dtype that they have (gguf:
-    fp16; c-header: int8; compressed-tensors: none, codes are needed).
+    default: the codes beside the model where prune or quantize wrote some, else the dtype that they have (gguf,
+    openvino: fp16; onnx, executorch: fp32; c-header: int8; compressed-tensors: none, codes are needed).
     ``embeddings``: ``keep``, ``int8``, ``int4:32``...; default: as the codes beside the model, else int8 with integer
     values. gguf takes ``q8_0``, ``q4_0``, ``q4_k`` and ``q6_k`` for both: ggml's own rounding.
     ``check``: measure what was written, in its own runtime where that is installed, beside the source.
