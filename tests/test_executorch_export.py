@@ -199,7 +199,9 @@ def test_a_check_of_wrong_scales_fails_loudly_and_the_file_stays(
     source = model(tmp_path / "source", "llama", monkeypatch)
     add_grid(source)
     monkeypatch.setattr(
-        executorch_model, "_positive", lambda codes, scales: (codes, scales.float().flatten().abs() + 0.01)
+        executorch_model,
+        "_positive",
+        lambda codes, scales: (codes, 30 * scales.float().flatten().abs() + 0.01),
     )
     with pytest.raises(
         UserError, match="out is written, but its check failed: perplexity is .* off the source's"
