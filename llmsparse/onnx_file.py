@@ -133,8 +133,6 @@ def _lookup(graph: Any, floats: dict[str, Any], built: Path, draw: Draw, writer:
         new += ends
         sliced = [found, *(end.name for end in ends)]
         nodes.append(onnx.helper.make_node("Slice", sliced, [gather.output[0]], f"{gather.name}/Slice"))
-        for end in ends:
-            writer.put(end, onnx.numpy_helper.to_array(end), end.name)
     _replace(graph, old, nodes)
     return new
 
@@ -145,6 +143,7 @@ def _cut(inputs: int) -> list[tuple[str, int]]:
 
 
 def _integers(name: str, value: int) -> Any:
+    """In the graph itself: shapes follow from it."""
     import onnx
 
     return onnx.numpy_helper.from_array(np.array([value], np.int64), name)

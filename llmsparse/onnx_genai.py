@@ -65,7 +65,7 @@ def _generator(model: Any, length: int) -> Any:
 
 def _loss(model: Any, ids: list[int], first: int) -> float:
     """Of the predictions from position ``first`` on."""
-    generator, total = _generator(model, len(ids) + 1), 0.0
+    generator, total = _generator(model, len(ids)), 0.0
     for start in range(0, len(ids) - 1, CHUNK):
         piece = ids[start : min(start + CHUNK, len(ids) - 1)]
         generator.append_tokens(np.array(piece, np.int32))

@@ -1,6 +1,7 @@
 """export --format onnx: the codes in the file are those beside the model, and onnxruntime-genai computes the same."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmsparse import export_check, onnx_blocks, onnx_genai
+from llmsparse import export_check, onnx_blocks, onnx_genai, onnx_layout
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.export import export
@@ -257,10 +258,25 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gpt2", "narrow", "sparse"]
 
 
-def test_a_graph_with_another_weight_in_some_place_is_refused(model, tmp_path: Path) -> None:
+def test_a_layer_that_the_builder_would_mistake_is_refused(model, tmp_path: Path) -> None:
     source = model("phi3", intermediate_size=64)  # 128 rows of gate and up, and 128 tokens
-    with pytest.raises(UserError, match="did not put lm_head.weight where it belongs"):
+    with pytest.raises(UserError, match="gate_up_proj.weight has 128 rows, as many as there are tokens"):
         export(source, tmp_path / "out", format="onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["sparse"]
+
+
+def test_a_graph_with_other_weights_than_the_checkpoint_is_refused(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = onnx_layout.piece
+    swap = {"gate": "up", "up": "gate"}
+
+    def swapped(node: str, config: object) -> onnx_layout.Piece | None:
+        return original(re.sub("(gate|up)_proj", lambda found: swap[found[1]] + "_proj", node), config)
+
+    monkeypatch.setattr(onnx_layout, "piece", swapped)
+    with pytest.raises(UserError, match="did not put model.layers.0.mlp.up_proj.weight where it belongs"):
+        export(model(), tmp_path / "out", format="onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["sparse"]
 
 

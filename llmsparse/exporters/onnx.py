@@ -38,6 +38,7 @@ def export(
     config = checkpoint.config(trust_remote_code)
     onnx_layout.check(config)
     skeleton = Skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    _refuse_mistaken(skeleton)
     numbers, found = Numbers(checkpoint, values, embeddings), candidates(skeleton)
     weights = _Weights(numbers, found.packable)
     out = out.expanduser().absolute()
@@ -69,6 +70,17 @@ def check(checkpoint: Checkpoint, out: Path, result: dict[str, Any], **options: 
     from llmsparse.onnx_check import check
 
     return check(checkpoint, out, result, GAIN, **options)
+
+
+def _refuse_mistaken(skeleton: Skeleton) -> None:
+    """Refuse a layer that the builder takes for the output layer: it knows that one by its rows."""
+    tokens = skeleton.config.vocab_size
+    found = next((w for w in skeleton.weights if w.block is not None and w.out_features == tokens), None)
+    if found is not None:
+        raise UserError(
+            f"{found.source} has {tokens} rows, as many as there are tokens: onnxruntime-genai's model builder takes it "
+            "for the output layer; the model cannot be exported to ONNX"
+        )
 
 
 def _float(weights: "_Weights") -> list[str]:
