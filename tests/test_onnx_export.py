@@ -300,7 +300,7 @@ def test_check_measures_the_folder_in_its_runtime(model, monkeypatch: pytest.Mon
     assert found["zeros"]["kept"] == 1.0 and found["zeros"]["source"] >= 0.5
     assert found["runtime"]["name"].startswith("onnxruntime-genai ")
     assert set(found["runtime"]["tokens_per_second"]) == {"1", "2"}
-    assert found["tokens"] == 4 * 126  # windows of 128: BOS and the first letter are no predictions
+    assert found["tokens"] == 4 * 127  # windows of 128, whose BOS is no prediction
     assert found["notes"][0].startswith("greedy continuation equal to the source's")
     assert (
         json.loads((source.parent / "out" / "export.json").read_text())["check"]["tokens"] == found["tokens"]
