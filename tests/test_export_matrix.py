@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from llmsparse import extras
+from llmsparse import extras, llama_cpp
 from llmsparse.cli import app
 from llmsparse.errors import UserError
 from llmsparse.export_matrix import export_matrix
@@ -19,6 +19,12 @@ from tests.test_gguf_export import model
 
 pytest.importorskip("gguf", reason="pip install 'llmsparse[gguf]'")
 pytest.importorskip("matplotlib", reason="pip install 'llmsparse[report]'")
+
+
+@pytest.fixture(autouse=True)
+def no_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_gguf_export.py runs it; here it would only take time."""
+    monkeypatch.setattr(llama_cpp, "available", lambda: False)
 
 
 @pytest.fixture
