@@ -39,8 +39,8 @@ $(LONG): $(READY)
 demo: $(READY)  ## Prune SmolLM2-135M on this machine and print its perplexity before and after
 	$(BIN)/llmsparse demo
 
-test: $(READY)  ## The tests, under 20 minutes on two cores
-	$(BIN)/python -m pytest -m 'not long'
+test: $(READY)  ## The tests, a process for each core: under 20 minutes on two
+	$(BIN)/python -m pytest -m 'not long' -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-long: $(LONG)  ## Every test
 	$(BIN)/python -m pytest

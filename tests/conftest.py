@@ -9,6 +9,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
 os.environ["LLMSPARSE_PRODUCTS"] = "packed"  # no test waits for a timing, or depends on one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and fork do not mix
+# Before torch is imported: processes that share the cores do not wait for each other.
+os.environ["OMP_NUM_THREADS"] = str(
+    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 
 import pytest
 import torch
@@ -21,11 +25,17 @@ from llmsparse.gguf_checkpoint import gemma as converted_gemma
 from llmsparse.gguf_checkpoint import smollm2 as converted_smollm2
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run a real model first: minutes each, which nothing else waits for at the end."""
+    real = {item.path for item in items if "smollm2" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in real)
+
+
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> None:
-    """One thread for tiny models, whose products are too small to share; every core for a real one."""
+    """One thread for tiny models, whose products are too small to share; every core that is free for a real one."""
     real = {"smollm2", "gemma"} & {*request.fixturenames}
-    torch.set_num_threads(os.cpu_count() or 1 if real else 1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]) if real else 1)
 
 
 @pytest.fixture(autouse=True)

@@ -297,8 +297,14 @@ print(resident("VmHWM") - before)
         assert done.returncode == 0, done.stderr
         peak.append(int(done.stdout.split()[-1]))
     block = dense_bytes / config.num_hidden_layers
-    print(peak, size, block, dense_bytes)
-    assert peak[0] < size + block + (8 << 20), "8 MB: torch's first products"
+    copies = 0  # of the kinds of layer that are faster dense on this machine, as it was timed to be just now
+    if way == "measured":
+        timed = json.loads((tmp_path / "cache" / "llmsparse" / "products.json").read_text())
+        faster = [kind for kind, (ours, dense) in timed.items() if dense < ours]
+        shapes = [p.shape for name, p in model.named_parameters() if name.startswith("model.layers.")]
+        copies = sum(2 * s.numel() for s in shapes if any(f" {'x'.join(map(str, s))}, " in k for k in faster))
+    print(peak, size, block, dense_bytes, copies)
+    assert peak[0] < size + block + copies + (8 << 20), "8 MB: torch's first products"
     assert peak[1] > dense_bytes, "the measurement sees a dense model"
 
 
