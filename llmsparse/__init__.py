@@ -19,6 +19,8 @@ _PUBLIC = {  # name -> the module that defines it, imported when it is first use
     "export": "llmsparse.export",
     "load": "llmsparse.quantizer",
     "register": "llmsparse.quantizer",
+    "push": "llmsparse.push",
+    "card": "llmsparse.card",
     "generate": "llmsparse.generate",
     "demo": "llmsparse.demo",
     "Unstructured": "llmsparse.pattern",

@@ -1,6 +1,5 @@
 """A checkpoint on disk, read lazily, tensor by tensor."""
 
-import hashlib
 import json
 import pickle
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from llmsparse.errors import UserError, first_line
 from llmsparse.hub import Source
+from llmsparse.sha256 import file_sha256
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -69,6 +69,11 @@ class Checkpoint:
         source = Source(str(model), revision, token, cache_dir)
         found = source.headers() if headers_only else None
         return cls(*found) if found else cls(source.download())
+
+    @property
+    def commit(self) -> str | None:
+        """The hub's commit that was downloaded; None of a local folder."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     @property
     def files(self) -> list[Path]:
@@ -151,22 +156,6 @@ class Checkpoint:
     def sha256(self) -> dict[str, str]:
         """The hash of every weight file and of config.json."""
         return {file.name: file_sha256(file) for file in [*self.files, self.folder / "config.json"]}
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(stream)
-        )
-
-
-def _digest(stream: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while piece := stream.read(1 << 22):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _locate(folder: Path) -> dict[str, str]:

@@ -56,6 +56,8 @@ SHELLS = {
     "generate": Shell(
         "llmsparse.generate", "generate", "Continue a prompt with MODEL: dense, pruned or packed."
     ),
+    "push": Shell("llmsparse.push", "push", "Publish FOLDER on the hub as REPO_ID, with a model card."),
+    "card": Shell("llmsparse.card", "card", "The model card of FOLDER, to be edited before a push."),
     "compare": Shell(
         "llmsparse.compare", "compare", "One table of several runs, and what must not be compared."
     ),
@@ -85,6 +87,9 @@ METAVARS = {
     "generate": "N",
     "limit": "N",
     "prompt": "TEXT",
+    "push": "REPO_ID",
+    "repo": "REPO_ID",
+    "base_model": "REPO_ID",
     "stride": "N",
 }
 HELP = {
@@ -111,6 +116,13 @@ HELP = {
     "temperature": "0 takes the likeliest token, larger values draw more freely",
     "chat": "put the prompt into the model's chat template, as a user's message",
     "keep": "where the pruned checkpoints stay (default: they are removed)",
+    "folder": "a folder that prune, quantize or export wrote",
+    "repo_id": "the repository, owner/name; made where it is not",
+    "repo": "the id that the folder will have (default: OWNER/ and its name)",
+    "private": "make the repository for yourself alone",
+    "base_model": "the dense model's hub id (default: the one that was downloaded)",
+    "dry_run": "say what would be sent, and reach no network",
+    "push": "publish OUT there afterwards, see `llmsparse push`",
     "kind": "solvers, patterns... (default: everything)",
     "json": "print one JSON document on standard output and nothing else there",
 }
@@ -144,6 +156,8 @@ HELP_OF = {  # where a name means less than it does to prune
     ("export-matrix", "overwrite"): "write again what lies in OUT",
     ("export", "check"): "measure what was written, in its own runtime too; fail where it differs too much",
     ("export", "embeddings"): "keep, int8, int4:32 (default: as the codes, else int8 with integer values)",
+    ("push", "revision"): "the branch to commit to, made where it is not (default: main)",
+    ("push", "overwrite"): "replace what another model has there",
     ("generate", "seed"): "draws the same tokens again",
     ("demo", "samples"): "calibration windows",
     ("demo", "sequence_length"): "tokens a window",

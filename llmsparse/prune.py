@@ -10,6 +10,8 @@ from llmsparse.heap import return_freed_memory
 from llmsparse.plan import Job, prepare
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
+from llmsparse.push import may_push
+from llmsparse.push import push as publish
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.report import Phases, versions
 from llmsparse.stream import Block, BlockStream
@@ -19,19 +21,22 @@ from llmsparse.writer import Writer
 
 def prune(
     model: str | Path, out: str | Path, *, recipe: Any = None, resume: bool = False, overwrite: bool = False,
-    progress: Any = None, **options: Any,
+    push: str | None = None, progress: Any = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Prune ``model`` (hub id or folder) into the new folder ``out`` and return the report.
 
     ``out`` is an ordinary Hugging Face folder with ``report.json`` beside the weights; it appears whole or
     not at all. ``recipe`` is a YAML file or a ``Recipe``; options win over it. ``solver`` and ``pattern`` may
-    also be objects that satisfy the protocols of ``llmsparse.solvers`` and ``llmsparse.pattern``.
+    also be objects that satisfy the protocols of ``llmsparse.solvers`` and ``llmsparse.pattern``. ``push``: the hub
+    repository that ``out`` is then published in, see ``llmsparse.push``; the report then has ``push``, what that returned.
 
     Raises:
         UserError: anything that the user can mend, before a weight is loaded where possible.
     """
     progress = progress or Quiet()
     job = prepare(model, Recipe.of(recipe, options))
+    if push is not None:
+        may_push(push, job.recipe.token)
     processes = Processes(job.recipe.device)
     job.device = processes.device(job.device)
     phases = Phases(job.device, progress.now)
@@ -46,6 +51,8 @@ def prune(
     records = _without_data(work) if text is None else _with_data(work, text)
     report = _report(work, str(model), text, records)
     work.finish(report)
+    if push is not None and processes.is_main:
+        report["push"] = publish(out, push, token=job.recipe.token, progress=progress)
     return report
 
 
@@ -135,6 +142,7 @@ def _report(
     grid = {"grid": _rounded(job)} if job.grid else {}
     return {
         "model": model,
+        "commit": job.checkpoint.commit,
         "out": str(work.writer.out),
         **grid,
         "versions": versions(),

@@ -26,9 +26,29 @@ def prune(report: Row) -> RenderableType:
         f"peak memory {byte_size(max(peak.values(), default=0))}",
         *(f"warning: {text}" for text in report.get("warnings", ())),
         f"written to {report['out']}; its report is {report['out']}/report.json",
+        *([_pushed(report["push"])] if "push" in report else []),
         f"next: {shlex.join(['llmsparse', 'eval', report['out'], '--against', report['model']])}",
     ]
     return Group(_kinds(report["weights"], measured=True), *map(Text, lines))
+
+
+def _pushed(result: Row) -> str:
+    count, size = len(result["files"]), byte_size(result["bytes"])
+    if result["commit"] is None:
+        return f"{count} files, {size}, would go to {result['repo']}; nothing was sent"
+    return f"{count} files, {size}, are at {result['url']}, commit {result['commit'][:12]}"
+
+
+def push(result: Row) -> RenderableType:
+    """Every file, then where they are."""
+    rows = [(file["path"], byte_size(file["bytes"])) for file in result["files"]]
+    lines = [_pushed(result), *(f"warning: {text}" for text in result["warnings"])]
+    return Group(_table(("file", "size >"), rows), *map(Text, lines))
+
+
+def card(result: Row) -> RenderableType:
+    """What the card, which was written already, lacks."""
+    return Group(*(Text(f"warning: {text}") for text in result["warnings"]))
 
 
 def _rounding(report: Row) -> list[str]:
@@ -259,6 +279,8 @@ SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "export": export,
     "export-matrix": export_matrix,
     "generate": generate,
+    "push": push,
+    "card": card,
     "compare": compare,
     "report": report,
     "bench": bench,

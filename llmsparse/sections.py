@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from llmsparse import panels
 from llmsparse.blocks import Block, Cell, Facts, Figures, Note, Sample, Samples, Section, Table
+from llmsparse.command import command_of
 from llmsparse.figures import byte_size, duration, percent, plain, with_error
 from llmsparse.measures import Key, Measure, change, labels, measures, same_data, source_name, with_dense
 from llmsparse.plots import Look, looks
@@ -292,22 +293,10 @@ def _reproduce(view: View) -> Section:
 
 def _facts(run: Run) -> Iterator[Facts]:
     if run.report is not None:
-        yield Facts(f"{run.name}: pruning", _pruning(run.report), shlex.join(_command(run.report)))
+        yield Facts(f"{run.name}: pruning", _pruning(run.report), shlex.join(command_of(run.report)))
     for i, found in enumerate(run.evals, 1):
         number = f" {i}" if len(run.evals) > 1 else ""
         yield Facts(f"{run.name}: evaluation{number}", _evaluation(found))
-
-
-def _command(report: Row) -> list[str]:
-    """The options that differ from nothing, as they are given on the command line."""
-    command = ["llmsparse", "prune", str(report.get("model")), str(report.get("out"))]
-    for key, value in (report.get("options") or {}).items():
-        if key == "processes" or value is None or value is False or value == []:
-            continue
-        flag = "--" + key.replace("_", "-")
-        for each in value if isinstance(value, list) else [value]:
-            command += [flag] if each is True else [flag, str(each)]
-    return command
 
 
 def _pruning(report: Row) -> list[tuple[str, str]]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from llmsparse import gridfile
-from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint, file_sha256
+from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.report import finite
+from llmsparse.sha256 import file_sha256
 
 COPY_BYTES = 256 << 20  # copied tensors held in memory at most, besides the last
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")

@@ -5,7 +5,7 @@ import os
 
 from safetensors.torch import load_file
 
-from llmsparse.checkpoint import file_sha256
+from llmsparse.sha256 import file_sha256
 
 SMALL = {"samples": 6, "sequence_length": 32}
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

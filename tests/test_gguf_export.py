@@ -15,7 +15,7 @@ from llmsparse.export import export
 from llmsparse.gridfile import GridFile
 from tests.packed_tiny import add_grid, sparse
 from tests.pruned import tensors
-from tests.tokenizers_tiny import word_tokenizer
+from tests.tokenizers_tiny import cut_as_gpt2, word_tokenizer
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
@@ -33,18 +33,8 @@ GEMMA_NORMS = {
 
 
 def model(folder: Path, family: str = "llama", **options) -> Path:
-    """A tiny pruned checkpoint whose tokenizer llama.cpp knows: byte-level, words cut as GPT-2 does, one merge."""
-    sparse(folder, family, **options)
-    file = folder / "tokenizer.json"
-    parts = json.loads(file.read_text())
-    parts["pre_tokenizer"]["use_regex"] = True
-    words = parts["model"]["vocab"]
-    for word in sorted(words, key=lambda word: words[word])[-8:]:
-        del words[word]  # room for the special tokens that transformers' Qwen and Gemma classes add
-    words["th"] = len(words)
-    parts["model"]["merges"] = [["t", "h"]]
-    file.write_text(json.dumps(parts))
-    return folder
+    """A tiny pruned checkpoint with a tokenizer that llama.cpp knows."""
+    return cut_as_gpt2(sparse(folder, family, **options))
 
 
 def written(folder: Path) -> dict:

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsparse.checkpoint import Checkpoint, file_sha256
+from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.prune import prune
+from llmsparse.sha256 import file_sha256
 from tests.pruned import SMALL, hashes, tensors
 from tests.tiny import FAMILIES, save_tiny
 

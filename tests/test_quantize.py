@@ -10,12 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmsparse.checkpoint import Checkpoint, file_sha256
+from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.eval.evaluate import evaluate
 from llmsparse.eval.models import load_model
 from llmsparse.prune import prune
 from llmsparse.quantize import quantize
+from llmsparse.sha256 import file_sha256
 from llmsparse.skeleton import Skeleton
 from llmsparse.solvers.sparsegpt import SparseGPT
 from tests.pruned import SMALL, hashes, read_report

@@ -1,5 +1,8 @@
 """Tiny tokenizers, built in memory: words to ids, with or without BOS, EOS and a chat template."""
 
+import json
+from pathlib import Path
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -23,3 +26,17 @@ def word_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=CHAT if chat else None, model_max_length=8, **special
     )
+
+
+def cut_as_gpt2(folder: Path) -> Path:
+    """Change a checkpoint's tokenizer into one that llama.cpp knows: byte-level, words cut as GPT-2 does, one merge."""
+    file = folder / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    parts["pre_tokenizer"]["use_regex"] = True
+    words = parts["model"]["vocab"]
+    for word in sorted(words, key=lambda word: words[word])[-8:]:
+        del words[word]  # room for the special tokens that transformers' Qwen and Gemma classes add
+    words["th"] = len(words)
+    parts["model"]["merges"] = [["t", "h"]]
+    file.write_text(json.dumps(parts))
+    return folder

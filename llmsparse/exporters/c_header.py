@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmsparse import export_report
 from llmsparse.atomic import whole_folder
 from llmsparse.c_arrays import Arrays
 from llmsparse.checkpoint import Checkpoint
@@ -131,7 +132,8 @@ def export(
         result["bytes"]["after"] = sum(file.stat().st_size for file in folder.iterdir())
         result |= {"device": _device(made, shape, arrays.bytes), **_values(numbers, made)}
         result["seconds"] = round(time.perf_counter() - begun, 2)
-        (folder / "export.json").write_text(json.dumps({"format": "c-header", **result}, indent=1) + "\n")
+        result["format"] = "c-header"
+        export_report.write(folder, result)
     return {**result, "next": shlex.join(["cc", "-O3", "-DLLAMA_MAIN", str(out / RUNTIME.name), "-lm"])}
 
 

@@ -1,6 +1,5 @@
 """A program for ExecuTorch, which runs it on phones and other CPUs with XNNPACK: float32, or int8 weights."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,17 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmsparse import executorch_model, executorch_program, export_check
+from llmsparse import executorch_model, executorch_program, export_check, export_report
 from llmsparse.atomic import whole_folder
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.eval.models import load_model
-from llmsparse.export_report import NAME as REPORT
 from llmsparse.export_sizes import Stored, sizes
 from llmsparse.extras import Extra
 from llmsparse.figures import byte_size
 from llmsparse.packing import Candidate, Numbers, candidates
-from llmsparse.report import finite
 from llmsparse.skeleton import Skeleton
 from llmsparse.writer import disk_errors
 
@@ -64,7 +61,7 @@ def export(
         executorch_program.lower(module, inputs, _told(config, context), work / FILE)
         progress.advance("lowering", FILE)
         _copy_tokenizer(checkpoint, work)
-        result = {"file": FILE, "context": context, **sizes(checkpoint, made)}
+        result = {"format": "executorch", "file": FILE, "context": context, **sizes(checkpoint, made)}
         result["bytes"]["after"] = (work / FILE).stat().st_size
         dense = found.warnings if coded else []  # where nothing has codes, all is as it was
         result |= {
@@ -73,9 +70,7 @@ def export(
             "warnings": [*dense, *numbers.warnings, *_twice(skeleton, made)],
             "seconds": round(time.perf_counter() - begun, 2),
         }
-        (work / REPORT).write_text(
-            json.dumps(finite({"format": "executorch", **result}), indent=1) + "\n", "utf-8"
-        )
+        export_report.write(work, result)
     return result
 
 

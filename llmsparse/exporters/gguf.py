@@ -1,14 +1,12 @@
 """A GGUF file, which llama.cpp and what is built on it run: F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from llmsparse import gguf_file
+from llmsparse import export_report, gguf_file
 from llmsparse.atomic import whole_folder
 from llmsparse.checkpoint import Checkpoint
-from llmsparse.export_report import NAME as REPORT
 from llmsparse.export_sizes import Stored, sizes
 from llmsparse.extras import Extra
 from llmsparse.gguf_file import Entry, Header
@@ -16,7 +14,6 @@ from llmsparse.gguf_layout import differences, family_of
 from llmsparse.gguf_rounding import Rounding
 from llmsparse.gguf_tokenizer import vocabulary
 from llmsparse.packing import Numbers
-from llmsparse.report import finite
 from llmsparse.writer import disk_errors
 
 EXTRA = Extra("gguf", {"gguf": "0.17"})  # xllamacpp, if it is there, runs the file in --check
@@ -41,6 +38,7 @@ def export(
         gguf_file.write(work / name, entries, numbers, header, progress)
         warnings = [*_rows_left(entries), *rounding.warnings(), *numbers.warnings, *differences(config)]
         result = {
+            "format": "gguf",
             "file": name,
             **sizes(checkpoint, [_stored(entry) for entry in entries if len(entry.shape) == 2]),
             "values": numbers.describe() | rounding.describe(),
@@ -48,7 +46,7 @@ def export(
         }
         result["bytes"]["after"] = (work / name).stat().st_size
         result["seconds"] = round(time.perf_counter() - begun, 2)
-        (work / REPORT).write_text(json.dumps(finite({"format": "gguf", **result}), indent=1) + "\n", "utf-8")
+        export_report.write(work, result)
     return result
 
 

@@ -54,6 +54,7 @@ def export(
                 shutil.move(file, work)
         shutil.rmtree(meanwhile)
         result = {
+            "format": "onnx",
             **sizes(checkpoint, map(weights.stored, found.packable)),
             "values": numbers.describe(),
             "warnings": [*found.warnings, *numbers.warnings, *_float(weights), GAIN],
@@ -61,7 +62,7 @@ def export(
         }
         result["bytes"]["after"] = sum(file.stat().st_size for file in work.iterdir())
         result["seconds"] = round(time.perf_counter() - begun, 2)
-        export_report.write(work, {"format": "onnx", **result})
+        export_report.write(work, result)
     return result
 
 

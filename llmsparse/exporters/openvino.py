@@ -1,6 +1,5 @@
 """A folder for OpenVINO: a stateful model in its own format, with codes that its CPU plugin multiplies as they are."""
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -9,17 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from llmsparse import openvino_weights
+from llmsparse import export_report, openvino_weights
 from llmsparse.atomic import whole_folder
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.eval.models import load_model
-from llmsparse.export_report import NAME as REPORT
 from llmsparse.export_sizes import Stored, sizes
 from llmsparse.extras import Extra
 from llmsparse.openvino_weights import SMALLEST, group_of, stored_bytes
 from llmsparse.packing import Candidate, Numbers
-from llmsparse.report import finite
 from llmsparse.skeleton import Skeleton
 from llmsparse.values import Values
 from llmsparse.writer import INDEXES, WEIGHTS, disk_errors
@@ -69,6 +66,7 @@ def export(
             for m in matrices
         ]  # fmt: skip
         result = {
+            "format": "openvino",
             "file": NAME,
             **sizes(checkpoint, stored),
             "values": numbers.describe(),
@@ -76,9 +74,7 @@ def export(
         }
         result["bytes"]["after"] = sum(file.stat().st_size for file in weight_files(work))
         result["seconds"] = round(time.perf_counter() - begun, 2)
-        (work / REPORT).write_text(
-            json.dumps(finite({"format": "openvino", **result}), indent=1) + "\n", "utf-8"
-        )
+        export_report.write(work, result)
     return result
 
 
@@ -169,7 +165,9 @@ def _write(
 def _copy_others(source: Path, work: Path) -> None:
     """Configuration and tokenizer, for what reads them beside the model."""
     for file in source.iterdir():
-        left = file.suffix in WEIGHTS or file.name in (*INDEXES, REPORT) or file.name.startswith(".")
+        left = (
+            file.suffix in WEIGHTS or file.name in (*INDEXES, export_report.NAME) or file.name.startswith(".")
+        )
         if file.is_file() and not left:
             shutil.copyfile(file, work / file.name)
 

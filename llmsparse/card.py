@@ -1,0 +1,224 @@
+"""The model card of a folder that llmsparse wrote: from its report and its evaluations alone."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmsparse.card_metadata import is_ours, kinds, metadata
+from llmsparse.command import command_of
+from llmsparse.figures import byte_size, percent, plain, with_error
+from llmsparse.local_paths import without_local_paths
+from llmsparse.publication import CARD, Publication, collect
+from llmsparse.runs import Run, sparsity
+
+LICENCES = {  # of calibration text
+    "allenai/c4": "ODC-BY 1.0",
+    "Salesforce/wikitext": "CC BY-SA 3.0 and GFDL",
+    "builtin": "the Python Software Foundation's (it is Python's own documentation)",
+}
+NOTHING_FROM_ZEROS = (
+    "stores and multiplies every weight: zeros make a zipped download smaller, nothing faster."
+)
+
+
+def card(
+    folder: str | Path,
+    *,
+    repo: str | None = None,
+    base_model: str | None = None,
+    write: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """The README.md with which ``push`` publishes ``folder``, to be edited: save it there, and it is used as it is.
+
+    ``repo``: the id that it will have (default: ``OWNER/`` and the folder's name). ``base_model``: the dense model's
+    hub id (default: the one that was downloaded). ``write`` is given the text. Returns ``card`` and ``warnings``.
+
+    Raises:
+        UserError: no folder that llmsparse wrote, or one that may not be published; ``base_model`` is no hub id.
+    """
+    found = collect(folder)
+    text, warnings = text_of(found, repo or f"OWNER/{found.folder.resolve().name}", base_model)
+    if write is not None:
+        write(text)
+    return {"card": text, "warnings": warnings}
+
+
+def text_of(found: Publication, repo: str, base_model: str | None) -> tuple[str, list[str]]:
+    """The card, and what a reader of it will miss. One that lies in the folder and is ours is taken as it is."""
+    if is_ours(found.folder):
+        return (found.folder / CARD).read_text("utf-8"), []
+    from huggingface_hub import ModelCardData
+
+    run = run_of(found)
+    fields = metadata(found, run, repo.partition("/")[2], base_model)
+    sections = [f"# {repo.partition('/')[2]}", _lead(found, run, fields), *_sections(found, run, repo)]
+    header = ModelCardData(**fields).to_yaml()
+    missing = {
+        "license": "the source's card names no licence",
+        "base_model": "the dense model's hub id is unknown",
+    }
+    advice = {"license": "add `license:` to the card", "base_model": "name it with --base-model"}
+    warnings = [f"{why}; {advice[key]}" for key, why in missing.items() if key not in fields]
+    if not run.evals:
+        warnings.append(
+            "nothing was evaluated; `llmsparse eval FOLDER --against DENSE --out FOLDER/eval.json` does it"
+        )
+    return f"---\n{header.strip()}\n---\n\n" + "\n\n".join(sections) + "\n", warnings
+
+
+def run_of(found: Publication) -> Run:
+    """The folder as ``report`` and ``compare`` read it, without local paths."""
+    import json
+
+    texts = [
+        content for name, content in found.files.items() if name.startswith("eval") and name.endswith(".json")
+    ]
+    evals = tuple(json.loads(text) for text in texts if isinstance(text, bytes))
+    return Run(found.folder.resolve().name, found.report or None, evals, found.folder)
+
+
+def _lead(found: Publication, run: Run, fields: dict[str, Any]) -> str:
+    base = fields.get("base_model")
+    dense = (
+        f"[{base}](https://huggingface.co/{base})" if base else str(found.report.get("model") or "A model")
+    )
+    parts = []
+    if pruned := [tag for tag in run.options.get("pattern") or () if tag != "as-is"]:
+        parts.append(f"pruned to {', '.join(f'`{pattern}`' for pattern in pruned)} with `{run.solver}`")
+    if found.report.get("grid"):
+        parts.append(f"its weights rounded to {found.report['grid']['values']} by calibration")
+    elif kinds(found):
+        parts.append(f"its weights stored as {', '.join(kinds(found))}")
+    if found.export.get("format"):
+        parts.append(f"exported to `{found.export['format']}`")
+    version = (found.report.get("versions") or {}).get("llmsparse", "")
+    return f"{dense}, {', '.join(parts) or 'as it was'}, by llmsparse {version}".strip() + "."
+
+
+def _sections(found: Publication, run: Run, repo: str) -> Iterator[str]:
+    yield f"## How to load it\n\n{loading(found, repo)}"
+    yield f"## What it is worth\n\n{_worth(run)}"
+    if run.report and run.options:
+        yield f"## How it was made\n\n{_made(run)}"
+    yield f"## Size and speed\n\n{_size(found, run)}"
+    yield f"## Known losses\n\n{_losses(found, run)}"
+
+
+def loading(found: Publication, repo: str) -> str:
+    """The lines that load it, in a fence."""
+    format = found.export.get("format")
+    if format in (None, "dense", "compressed-tensors"):
+        needs = "`pip install transformers compressed-tensors`" if format == "compressed-tensors" else ""
+        lines = [
+            "from transformers import AutoModelForCausalLM",
+            f'model = AutoModelForCausalLM.from_pretrained("{repo}")',
+        ]
+        return "\n\n".join(filter(None, [needs, "\n".join(["```python", *lines, "```"])]))
+    if format == "packed":
+        lines = ["```python", "import llmsparse", f'model = llmsparse.load("{repo}")', "```"]
+        return "\n".join(lines)
+    if format == "gguf":
+        return f"```console\nllama-cli -hf {repo} --hf-file {found.export['file']}\n```"
+    return (
+        f"```console\nhf download {repo} --local-dir FOLDER\n```\n\n`export.json` says what the files hold."
+    )
+
+
+def _worth(run: Run) -> str:
+    rows = [*_texts(run), *_tasks(run)]
+    if not rows:
+        return "Not measured."
+    head = "| measured | this model | dense | conditions |\n|---|---|---|---|\n"
+    return head + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n± is one standard error."
+
+
+def _texts(run: Run) -> Iterator[tuple[str, ...]]:
+    for row in run.sources:
+        conditions = f"context {row.get('context')}, {row.get('windows')} windows"
+        conditions += f"; text sha256 `{str(row.get('sha256'))[:16]}`"
+        dense = (
+            with_error(row["dense_perplexity"], row.get("dense_standard_error"))
+            if "dense_perplexity" in row
+            else ""
+        )
+        ours = with_error(row.get("perplexity"), row.get("standard_error"))
+        yield f"perplexity, {row['name']}", ours, dense, conditions
+        if "kl" in row:
+            yield (
+                f"KL from dense, {row['name']}",
+                with_error(row["kl"], row.get("kl_standard_error")),
+                "0",
+                "nats a token",
+            )
+
+
+def _tasks(run: Run) -> Iterator[tuple[str, ...]]:
+    for row in run.tasks:
+        dense = _share(row, "dense_") if "dense_value" in row else ""
+        about = f"{row.get('metric')}, zero-shot, {row.get('items')} of {row.get('of')} items"
+        yield str(row["task"]), _share(row, ""), dense, about
+
+
+def _share(row: dict[str, Any], whose: str) -> str:
+    scale = 100 if row.get("chance") is not None else 1
+    found = with_error(row.get(f"{whose}value"), row.get(f"{whose}standard_error"), scale)
+    return f"{found} %" if scale == 100 else found
+
+
+def _made(run: Run) -> str:
+    report = run.report or {}
+    text = report.get("calibration") or {}
+    parts = [f"```console\n{shlex.join(command_of(report))}\n```"]
+    if text:
+        source = str(text.get("source"))
+        licence = LICENCES.get(source.partition(":")[0])
+        about = f"its licence: {licence}" if licence else "its licence is its source's"
+        size = f"{text.get('samples')} windows of {text.get('sequence_length')} tokens"
+        parts.append(
+            f"Calibration: {size} of `{source}` ({about}); sha256 of the tokens `{text.get('tokens_sha256')}`."
+        )
+    hashes = [f"`{name}` {value}" for name, value in (report.get("source_files") or {}).items()]
+    if hashes:
+        parts.append(f"The dense model's files, by sha256: {', '.join(hashes)}.")
+    versions = ", ".join(f"{name} {found}" for name, found in (report.get("versions") or {}).items())
+    return "\n\n".join([*parts, f"Versions: {versions}." if versions else ""]).strip()
+
+
+def _size(found: Publication, run: Run) -> str:
+    lines, export = [], found.export
+    if zeros := sparsity(run.weights):
+        lines.append(f"{percent(zeros)} of the pruned weights are zero.")
+    if sizes := export.get("bytes"):
+        lines.append(
+            f"Weight files: {byte_size(sizes['after'])}, of {byte_size(sizes['before'])} before the export; "
+            f"{plain(export.get('bits_per_weight'))} bits a linear weight."
+        )
+    elif run.weight_bytes:
+        lines.append(f"Weight files: {byte_size(run.weight_bytes)}; zeros are stored in full.")
+    ran = (export.get("check") or {}).get("runtime")
+    if ran and ran.get("tokens_per_second"):
+        speeds = ", ".join(
+            f"{plain(rate)} tokens/s with {n} threads" for n, rate in ran["tokens_per_second"].items()
+        )
+        lines.append(f"{ran['name']}, greedy decoding where it was exported: {speeds}.")
+    elif run.tokens_per_second:
+        lines.append(f"transformers, where it was evaluated: {plain(run.tokens_per_second)} tokens/s.")
+    else:
+        lines.append("Speed: not measured.")
+    return "\n\n".join(lines)
+
+
+def _losses(found: Publication, run: Run) -> str:
+    lines = []
+    if run.lost_most:
+        kept = run.capabilities[run.lost_most].get("ability_kept")
+        lines.append(
+            f"- Of what was measured, {run.lost_most} lost most: {percent(kept, 0)} of the dense model's ability is left."
+        )
+    if not run.tasks:
+        lines.append("- No task was measured; pruning harms a model, measure this one on your own.")
+    if (format := found.export.get("format")) not in (None, "packed", "c-header"):
+        lines.append(f"- A runtime of `{format}` {NOTHING_FROM_ZEROS}")
+    lines += [f"- {warning}" for warning in without_local_paths(run.report or {}).get("warnings") or ()]
+    return "\n".join(lines) or "None is known beyond the figures above."

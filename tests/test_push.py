@@ -1,0 +1,221 @@
+"""Push: real huggingface_hub against a hub on this machine, with what goes wrong on a network."""
+
+import getpass
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from llmsparse.prune import prune
+from tests import hub_server
+from tests.hub_server import Hub, fail, hang_up
+from tests.packed_tiny import IDS
+from tests.pruned import SMALL
+from tests.tiny import save_tiny
+
+REPO = "someone/tiny-2of4"
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned folder that knows a path with a user's name, as reports do."""
+    home = tmp_path_factory.mktemp("Jane Doe")
+    dense = save_tiny("llama", home / "dense model")
+    prune(dense, home / "out", pattern="2:4", values="int8", **SMALL)
+    return home / "out"
+
+
+@pytest.fixture
+def hub():
+    with hub_server.running() as (hub, address):
+        hub.address = address
+        yield hub
+
+
+def run(
+    hub: Hub, *words: object, token: str | None = "hf_writes", code: int = 0, **more: str
+) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **more,
+    }
+    environment |= {"HF_HOME": str(hub.home)} if hasattr(hub, "home") else {}
+    given = ["--token", token] if token else []
+    done = subprocess.run(
+        [sys.executable, "-m", "llmsparse", *map(str, words), *given],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def large_uploads(hub: Hub) -> int:
+    return hub.count("PUT /lfs/")
+
+
+def assert_complete(hub: Hub, folder: Path, repo: str = REPO, revision: str = "main") -> None:
+    """Every file is there once, byte for byte but for cleaned reports and the card."""
+    there = hub.content(repo, revision)
+    here = {f.name for f in folder.iterdir() if not f.name.startswith(".")}
+    assert set(there) == here | {"README.md"}
+    for name in here - {"report.json", "README.md"}:
+        assert there[name] == (folder / name).read_bytes()
+
+
+def test_the_server_has_the_folder_and_from_pretrained_loads_it(hub, pruned, tmp_path):
+    done = run(hub, "push", pruned, REPO, "--json")
+    told = json.loads(done.stdout)
+    assert_complete(hub, pruned)
+    assert told["commit"] == hub.repositories[REPO].branches["main"]["oid"]
+    assert not hub.repositories[REPO].private
+    assert len(hub.repositories[REPO].commits) == 2  # git's attributes, then everything together
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "models = [AutoModelForCausalLM.from_pretrained(m) for m in sys.argv[1:]]\n"
+        f"ids = torch.tensor({IDS.tolist()})\n"
+        "assert torch.equal(models[0](ids).logits, models[1](ids).logits)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, REPO, str(pruned)], capture_output=True, text=True, env=environment
+    )
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_no_local_path_and_no_user_reaches_the_server(hub, pruned):
+    run(hub, "push", pruned, REPO)
+    report = json.loads((pruned / "report.json").read_text())
+    assert "Jane Doe" in report["model"] and "Jane Doe" in report["out"]
+    for name, data in hub.content(REPO).items():
+        if not name.endswith(".safetensors"):
+            assert b"Jane Doe" not in data and str(pruned.parent).encode() not in data, name
+            if getpass.getuser() != "root":
+                assert getpass.getuser().encode() not in data, name
+    assert json.loads(hub.content(REPO)["report.json"])["model"] == "dense model"
+
+
+def test_a_dry_run_lists_the_files_and_reaches_nothing(hub, pruned):
+    told = json.loads(run(hub, "push", pruned, REPO, "--dry-run", "--json").stdout)
+    assert hub.requests == [] and told["commit"] is None
+    assert {file["path"] for file in told["files"]} == {f.name for f in pruned.iterdir()} | {"README.md"}
+
+
+def test_private_and_revision_are_as_asked(hub, pruned):
+    run(hub, "push", pruned, REPO, "--private", "--revision", "v1")
+    assert hub.repositories[REPO].private
+    assert_complete(hub, pruned, revision="v1")
+    assert hub.content(REPO) == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        (hang_up, "PUT /lfs/"),
+        (fail(500), "PUT /lfs/"),
+        (fail(503), "commit/main"),
+        (fail(429, Retry_After="1"), "preupload/main"),
+        (fail(500), "whoami"),
+        (hang_up, "commit/main"),
+    ],
+)
+def test_a_fault_that_passes_is_waited_for(hub, pruned, fault, where):
+    hub.faults = [(where, fault)]
+    run(hub, "push", pruned, REPO)
+    assert_complete(hub, pruned)
+    assert hub.faults == [] and len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, pruned):
+    def answered_to_nobody(handler):
+        handler.answer = lambda *_: (setattr(handler, "close_connection", True), handler.connection.close())
+        handler.commit(REPO, "main")
+
+    hub.faults = [("commit/main", answered_to_nobody)]
+    run(hub, "push", pruned, REPO)
+    assert_complete(hub, pruned)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_network_that_stays_away_is_one_error_and_the_next_run_goes_on(hub, pruned):
+    hub.faults = [("commit/main", hang_up)] * 40
+    done = run(hub, "push", pruned, REPO, code=2)
+    assert len(done.stderr.strip().splitlines()[-1:]) == 1 and "run the same command again" in done.stderr
+    assert hub.content(REPO) == {}  # nothing appears in part
+    sent = large_uploads(hub)
+    hub.faults = []
+    run(hub, "push", pruned, REPO)
+    assert_complete(hub, pruned)
+    assert large_uploads(hub) == sent and len(hub.repositories[REPO].commits) == 2
+
+
+def test_pushing_the_same_again_sends_and_commits_nothing(hub, pruned):
+    run(hub, "push", pruned, REPO)
+    sent = large_uploads(hub)
+    run(hub, "push", pruned, REPO)
+    assert large_uploads(hub) == sent and len(hub.repositories[REPO].commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "says"),
+    [
+        (None, REPO, "no hub token"),
+        ("hf_wrong", REPO, "does not accept this token"),
+        ("hf_reads", REPO, "can only read"),
+        ("hf_writes", "stranger/model", "may not write to stranger/model"),
+        ("hf_writes", "no id at all", "no hub id"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_one_line(hub, pruned, tmp_path, token, repo, says):
+    hub.home = tmp_path
+    done = run(hub, "push", pruned, repo, token=token, code=2)
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert large_uploads(hub) == 0
+
+
+def test_a_repository_with_another_model_is_kept_unless_asked(hub, pruned, tmp_path):
+    dense = save_tiny("llama", tmp_path / "other", seed=1)
+    prune(dense, tmp_path / "out", pattern="50%", solver="magnitude")
+    run(hub, "push", tmp_path / "out", REPO)
+    before = hub.content(REPO)
+    done = run(hub, "push", pruned, REPO, code=2)
+    assert "exists and holds something else" in done.stderr and hub.content(REPO) == before
+    run(hub, "push", pruned, REPO, "--overwrite")
+    assert_complete(hub, pruned)
+
+
+def test_a_card_that_the_hub_refuses_stops_it_before_anything_is_sent(hub, pruned):
+    hub.refused_cards = '"license" must be one of [apache-2.0, mit]'
+    done = run(hub, "push", pruned, REPO, code=2)
+    assert "must be one of" in done.stderr and large_uploads(hub) == 0
+
+
+def test_an_edited_card_is_used_as_it_is(hub, pruned, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(pruned, tmp_path / "copy")
+    card = run(hub, "card", folder, token=None).stdout
+    (folder / "README.md").write_text(card.replace("## Known losses", "## What I know of losses"))
+    run(hub, "push", folder, REPO)
+    text = hub.content(REPO)["README.md"].decode()
+    assert "## What I know of losses" in text and "2:4" in ModelCard(text).data.tags
+
+
+def test_prune_pushes_what_it_wrote(hub, tmp_path):
+    dense = save_tiny("llama", tmp_path / "dense")
+    out = tmp_path / "out"
+    words = ("prune", dense, out, "--solver", "magnitude", "--pattern", "2:4", "--push", REPO)
+    run(hub, *words, token="hf_reads", code=2)
+    assert not out.exists()  # refused before the work
+    run(hub, *words)
+    assert_complete(hub, out)
