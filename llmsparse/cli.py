@@ -65,6 +65,9 @@ SHELLS = {
     "inspect": Shell(
         "llmsparse.inspect", "inspect", "The zeros of MODEL: sparsity and n:m pattern of each weight."
     ),
+    "recipe": Shell(
+        "llmsparse.recipe", "recipe", "`recipe show FILE`: every option of a recipe, or of a run."
+    ),
     "bench": Shell("llmsparse.bench", "bench", "Time MODEL's linear layers here: packed, dense in C, torch."),
     "doctor": Shell("llmsparse.doctor", "doctor", "What this machine has: native kernels, GPU, versions."),
     "list": Shell("llmsparse.cli", "choices", "What there is to choose from: solvers, patterns..."),
@@ -123,6 +126,8 @@ HELP = {
     "base_model": "the dense model's hub id (default: the one that was downloaded)",
     "dry_run": "say what would be sent, and reach no network",
     "push": "publish OUT there afterwards, see `llmsparse push`",
+    "action": "show",
+    "source": "a recipe file, or a folder that prune wrote",
     "kind": "solvers, patterns... (default: everything)",
     "json": "print one JSON document on standard output and nothing else there",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse.errors import UserError
+from llmsparse.recipe_file import read
 
 OFFLOADS = ("cpu", "disk", "none")
 
@@ -76,8 +77,8 @@ class Recipe:
 
     @classmethod
     def of(cls, recipe: "Recipe | str | Path | None", options: dict[str, Any]) -> "Recipe":
-        """A recipe (object, YAML file or none) with ``options`` laid over it."""
-        base = recipe if isinstance(recipe, Recipe) else cls(**_read(Path(recipe))) if recipe else cls()
+        """A recipe (object, YAML file, a run's folder or report.json, or none) with ``options`` laid over it."""
+        base = recipe if isinstance(recipe, Recipe) else cls(**read(recipe, _kinds())) if recipe else cls()
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -114,49 +115,32 @@ def with_options(function: Callable[..., Any], without: tuple[str, ...] = ()) ->
     return inspect.Signature([*own, *options], return_annotation=dict[str, Any])
 
 
+def show(source: str | Path) -> str:
+    """Every option of a recipe file, or of a run, as YAML that ``--recipe`` takes."""
+    import yaml
+
+    values = Recipe.of(source, {}).as_dict()
+    return yaml.safe_dump({k.replace("_", "-"): v for k, v in values.items()}, sort_keys=False)
+
+
+def recipe(action: str, source: str | Path, *, write: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """``action`` "show": every option of the recipe ``source``, a file or a run's folder, as YAML.
+
+    ``write`` is given the YAML. Returns ``recipe``, the options. Raises UserError: another action, a bad recipe.
+    """
+    if action != "show":
+        raise UserError(f"recipe {action} is unknown; known: show")
+    if write is not None:
+        write(show(source))
+    return {"recipe": Recipe.of(source, {}).as_dict()}
+
+
+def _kinds() -> dict[str, str]:
+    return {f.name: str(f.type) for f in fields(Recipe)}
+
+
 def _check_regex(option: str, expression: str) -> None:
     try:
         re.compile(expression)
     except re.error as error:
         raise UserError(f"{option} {expression!r} is not a regular expression: {error}") from error
-
-
-def _read(file: Path) -> dict[str, Any]:
-    import yaml
-
-    if not file.is_file():
-        raise UserError(f"recipe {file} does not exist")
-    try:
-        values = yaml.load(file.read_text(), yaml.BaseLoader)  # plain text: YAML would read 2:4 as 124
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {file} must hold `option: value` lines")
-    known = [f.name for f in fields(Recipe)]
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UserError(f"recipe {file}: key {unknown[0]!r} is unknown; known: {', '.join(known)}")
-    return {key: _typed(file, key, value) for key, value in values.items()}
-
-
-def _typed(file: Path, key: str, value: Any) -> Any:
-    """A recipe's plain text as the option's own type."""
-    kind = {f.name: str(f.type) for f in fields(Recipe)}[key]
-    if isinstance(value, list):
-        if "tuple" in kind and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise UserError(f"recipe {file}: {key} takes one value, a list was given")
-    if not isinstance(value, str):
-        raise UserError(f"recipe {file}: {key} must be plain text, found {value!r}")
-    if value in ("", "null", "~") and "None" in kind:
-        return None
-    if "int" in kind:
-        if not re.fullmatch(r"-?\d+", value):
-            raise UserError(f"recipe {file}: {key} must be a whole number, found {value!r}")
-        return int(value)
-    if "bool" in kind:
-        if value.lower() not in ("true", "false"):
-            raise UserError(f"recipe {file}: {key} must be true or false, found {value!r}")
-        return value.lower() == "true"
-    return (value,) if "tuple" in kind else value

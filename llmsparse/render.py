@@ -281,6 +281,7 @@ SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "generate": generate,
     "push": push,
     "card": card,
+    "recipe": lambda result: Group(),
     "compare": compare,
     "report": report,
     "bench": bench,

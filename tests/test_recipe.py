@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from llmsparse.cli import app
 from llmsparse.errors import UserError
 from llmsparse.pattern import parse
-from llmsparse.recipe import Recipe
+from llmsparse.prune import prune
+from llmsparse.recipe import Recipe, show
+from tests.pruned import SMALL
+from tests.tiny import save_tiny
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 
@@ -43,8 +48,13 @@ def test_a_pattern_is_not_read_as_a_time_of_day(tmp_path):
         ("solver: [a, b]", "takes one value, a list was given"),
         ("solver: {a: b}", "must be plain text"),
         ("- a", "must hold `option: value` lines"),
-        ("a: [", "is not YAML"),
-        ("sover: wanda", "key 'sover' is unknown; known: solver, pattern"),
+        ("seed: 1\na: [", "line 2 is not YAML"),
+        (
+            "seed: 1\nsover: wanda",
+            "line 2: key 'sover' is unknown; did you mean 'solver'\\?; known: solver, pattern",
+        ),
+        ("seed: 1\n\nseed: 2", "line 3: seed was given in line 1 already"),
+        ("# a\nsamples: many", "r.yaml, line 2: samples"),
     ],
 )
 def test_a_bad_recipe_is_one_clear_error(text, message, tmp_path):
@@ -60,3 +70,29 @@ def test_options_win_and_the_token_is_not_kept(tmp_path):
     recipe = Recipe.of(file, {"seed": 4, "token": "secret"})
     assert (recipe.solver, recipe.seed) == ("wanda", 4)
     assert "secret" not in str(recipe.as_dict())
+
+
+def test_a_report_is_the_recipe_of_its_run_and_reproduces_it(tmp_path):
+    dense = save_tiny("llama", tmp_path / "dense")
+    options = {"pattern": ["2:4", "mlp=50%"], "values": "int8", "set": "damping=0.02", "seed": 3, **SMALL}
+    first = prune(dense, tmp_path / "first", **options)
+    for number, recipe in enumerate((tmp_path / "first", tmp_path / "first" / "report.json")):
+        assert prune(dense, tmp_path / f"{number}", recipe=recipe)["files"] == first["files"]
+    file = tmp_path / "shown.yaml"
+    file.write_text(show(tmp_path / "first"))
+    assert prune(dense, tmp_path / "shown", recipe=file)["files"] == first["files"]
+
+
+def test_recipe_show_prints_every_option(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("pattern: 2:4\n")
+    done = CliRunner().invoke(app, ["recipe", "show", str(file)])
+    assert done.exit_code == 0
+    assert Recipe.of(_saved(tmp_path, done.stdout), {}) == Recipe.of(file, {})
+    assert "solver: sparsegpt" in done.stdout and "token" not in done.stdout
+    assert CliRunner().invoke(app, ["recipe", "draw", str(file)]).exit_code == 2
+
+
+def _saved(folder, text):
+    (folder / "saved.yaml").write_text(text)
+    return folder / "saved.yaml"
