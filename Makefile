@@ -17,7 +17,7 @@ LONG := $(VENV)/.long
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check format bench gpu clean
+.PHONY: help demo test test-long check format bench wheels gpu clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -57,6 +57,10 @@ format: $(READY)  ## Rewrite the sources as `make check` wants them
 bench: $(READY)  ## Measure speed and memory on the CPU
 	$(BIN)/python -m benchmarks.prune_speed
 	$(BIN)/python -m benchmarks.memory
+
+wheels: $(READY)  ## One for this platform, with the native kernels, and one for every other, in dist/
+	$(BIN)/python -m build --wheel
+	LLMSPARSE_PURE=1 $(BIN)/python -m build --wheel
 
 gpu:  ## Check and measure what runs on a GPU (needs one), in 8 minutes; installs and downloads nothing
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)

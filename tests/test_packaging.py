@@ -1,13 +1,18 @@
 """What the wheel holds, and that the top-level folders disturb nobody."""
 
+import json
+import os
 import pkgutil
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llmsparse"
@@ -20,19 +25,93 @@ def python(code: str, cwd: Path = ROOT) -> str:
     return run(sys.executable, "-W", "error", "-c", code, cwd=cwd)
 
 
-def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
+def build(place: Path, **environment: str) -> Path:
+    """A wheel from a copy of the sources, so that no stale build folder can add to it."""
+    shutil.copytree(ROOT, place / "source", symlinks=True, ignore=LEFT_OUT)
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(place))
+    run(*command, cwd=place / "source", env={**os.environ, **environment})
+    return next(place.glob("*.whl"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources, so that no stale build folder can add to it."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=LEFT_OUT, dirs_exist_ok=True)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=source)
-    return next(out.glob("*.whl"))
+    return build(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("pure"), LLMSPARSE_PURE="1")
+
+
+def test_one_wheel_serves_every_python_of_a_platform_and_one_every_platform(wheel: Path, pure: Path) -> None:
+    assert "-cp310-abi3-" in wheel.name and not wheel.name.endswith("-any.whl")
+    assert pure.name.endswith("-py3-none-any.whl")
+    here, everywhere = ({*zipfile.ZipFile(file).namelist()} for file in (wheel, pure))
+    assert {name for name in here - everywhere if ".dist-info" not in name} == {
+        name for name in here if name.endswith((".so", ".pyd"))
+    }
+
+
+@pytest.mark.parametrize("kind", ["wheel", "pure"])
+def test_a_wheel_works_in_an_environment_without_a_compiler(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Installed as users do, with this environment's packages beside it, and nothing on the search path."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
+    here = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(here),
+    )
+    run(*pip, str(request.getfixturevalue(kind)), cwd=tmp_path)
+    packages = sysconfig.get_paths()["purelib"]  # as a path, so that this project's own .pth file is not read
+    (here / "others.pth").write_text(packages + "\n")
+    bare = {"PATH": "/nowhere", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    llmsparse = (str(tmp_path / "venv" / "bin" / "python"), "-I", "-m", "llmsparse")
+    save_tiny("llama", tmp_path / "dense")
+    run(
+        *llmsparse,
+        "prune",
+        "dense",
+        "out",
+        "--solver",
+        "magnitude",
+        "--values",
+        "int8",
+        cwd=tmp_path,
+        env=bare,
+    )
+    run(*llmsparse, "export", "out", "packed", cwd=tmp_path, env=bare)
+    words = (
+        "eval",
+        "packed",
+        "--data",
+        "builtin",
+        "--context",
+        "32",
+        "--windows",
+        "2",
+        "--against",
+        "out",
+        "--json",
+    )
+    found = json.loads(run(*llmsparse, *words, cwd=tmp_path, env=bare))["sources"][0]
+    assert found["kl"] < 1e-3
+    doctor = json.loads(run(*llmsparse, "doctor", "--json", cwd=tmp_path, env=bare))
+    assert (doctor["used"] is None) == (kind == "pure" or not shutil.which("gcc"))
 
 
 def test_only_llmsparse_is_importable_from_the_wheel(wheel: Path) -> None:
