@@ -21,6 +21,7 @@ from llmsparse import plugins
 from llmsparse.errors import UserError
 from llmsparse.progress import progress_for
 from llmsparse.recipe import Recipe
+from llmsparse.signatures import signature_of
 
 
 class Shell(NamedTuple):
@@ -221,9 +222,8 @@ class LazyCommand(TyperCommand):
 
 def shell_function(command: str) -> Callable[..., None]:
     """A function for typer whose parameters are those of the command's public function, and ``--json``."""
-    parameters = [
-        p for p in inspect.signature(SHELLS[command].load()).parameters.values() if p.name not in PYTHON_ONLY
-    ]
+    taken = signature_of(SHELLS[command].module, SHELLS[command].function).parameters
+    parameters = [p for p in taken.values() if p.name not in PYTHON_ONLY]
 
     def shell(ctx: typer.Context, **values: Any) -> None:
         as_json = values.pop("json")
