@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmsparse import choice, dispatch, gpu
+from llmsparse import choice, dispatch, extras, gpu, plugins
 from llmsparse.device import processor
 from llmsparse.kernels.cpu import library
 from llmsparse.report import versions
@@ -13,7 +13,6 @@ from llmsparse.report import versions
 EXTRAS = {  # extra -> a module that it brings, what it is for
     "eval": ("lm_eval", "zero-shot tasks"),
     "report": ("matplotlib", "the report page"),
-    "gguf": ("gguf", "reading GGUF files"),
 }
 
 
@@ -46,11 +45,22 @@ def doctor() -> dict[str, Any]:
         "gpu_kernels": _gpu_kernels() if torch.cuda.is_available() else {},
         "gpu_products": dispatch.remembered(),
         "versions": versions(),
-        "extras": {
-            name: {"installed": importlib.util.find_spec(module) is not None, "for": use}
-            for name, (module, use) in EXTRAS.items()
-        },
+        "extras": _extras(),
     }
+
+
+def _extras() -> dict[str, dict[str, Any]]:
+    """Whether what each extra brings is installed, and what it is for."""
+    found = {
+        name: {"installed": importlib.util.find_spec(module) is not None, "for": use}
+        for name, (module, use) in EXTRAS.items()
+    }
+    for format in plugins.names("exporters"):
+        extra = plugins.load("exporters", format).EXTRA
+        if extra.name is not None:
+            installed = all(map(extras.version, extra.packages))
+            found[extra.name] = {"installed": installed, "for": f"export --format {format}"}
+    return found
 
 
 def _gpu_kernels() -> dict[str, str | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmsparse import plugins
 from llmsparse.bench import bench
 from llmsparse.doctor import doctor
 from llmsparse.errors import UserError
@@ -86,7 +87,8 @@ def test_doctor_names_the_kernels_and_why_others_do_not_run() -> None:
     usable = [name for name, why in found["kernels"].items() if why is None]
     assert found["used"] == (usable[0] if usable else None)
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["extras"]) == {"eval", "report", "gguf"}
+    wanted = {plugins.load("exporters", name).EXTRA.name for name in plugins.names("exporters")} - {None}
+    assert set(found["extras"]) == {"eval", "report"} | wanted
 
 
 def test_doctor_without_a_library_says_what_is_missing(monkeypatch) -> None:
