@@ -14,20 +14,26 @@ from tests.pruned import SMALL
 from tests.tiny import save_tiny
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+RECIPES = [Recipe.of(file, {}) for file in CONFIGS]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_every_published_recipe_is_valid_and_says_its_name(file):
     recipe = Recipe.of(file, {})
-    solver, _, pattern = file.stem.partition("-")
+    solver, pattern, *values = file.stem.replace("of", ":").split("-")
     assert recipe.solver == solver
-    assert [str(parse(p)) for p in recipe.pattern] == [
-        pattern.replace("of", ":") if "of" in pattern else f"{pattern}%"
-    ]
+    wanted = {"dense": "as-is"}.get(pattern, pattern if ":" in pattern else f"{pattern}%")
+    assert [str(parse(p)) for p in recipe.pattern] == [wanted]
+    assert recipe.values == (values[0] if values else None)
+    assert recipe.embeddings == (values[-1] if "tables" in values else "keep" if values else None)
+    assert f"--recipe configs/{file.name}" in file.read_text()
 
 
-def test_there_is_a_recipe_for_each_row_of_the_readme():
-    assert len(CONFIGS) == 9
+def test_there_is_a_recipe_for_each_row_of_solver_and_pattern_and_of_swept_values():
+    plain = {(r.solver, *r.pattern) for r in RECIPES if r.values is None}
+    assert plain == {(s, p) for s in ("magnitude", "wanda", "sparsegpt") for p in ("50%", "2:4", "4:8")}
+    swept = {(*r.pattern, r.values) for r in RECIPES if r.values is not None}
+    assert swept == {(p, v) for p in ("50%", "2:4", "as-is") for v in ("int8", "int4:32")}
 
 
 def test_a_pattern_is_not_read_as_a_time_of_day(tmp_path):
