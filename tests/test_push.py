@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from llmsparse.export import export
 from llmsparse.prune import prune
 from tests import hub_server
 from tests.hub_server import Hub, fail, hang_up
@@ -72,24 +74,30 @@ def assert_complete(hub: Hub, folder: Path, repo: str = REPO, revision: str = "m
         assert there[name] == (folder / name).read_bytes()
 
 
-def test_the_server_has_the_folder_and_from_pretrained_loads_it(hub, pruned, tmp_path):
+def test_the_server_has_the_folder_byte_for_byte_in_one_commit(hub, pruned):
     done = run(hub, "push", pruned, REPO, "--json")
     told = json.loads(done.stdout)
     assert_complete(hub, pruned)
     assert told["commit"] == hub.repositories[REPO].branches["main"]["oid"]
     assert not hub.repositories[REPO].private
     assert len(hub.repositories[REPO].commits) == 2  # git's attributes, then everything together
+
+
+@pytest.mark.parametrize("format", [None, "packed", "dense"])
+def test_the_lines_of_the_card_load_the_pushed_model_through_the_hub(hub, pruned, tmp_path, format):
+    folder = pruned
+    if format is not None:
+        export(pruned, tmp_path / "out", format=format)
+        folder = tmp_path / "out"
+    run(hub, "push", folder, REPO)
+    lines = re.search(r"```python\n(.*?)```", hub.content(REPO)["README.md"].decode(), re.DOTALL)
     code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM\n"
-        "models = [AutoModelForCausalLM.from_pretrained(m) for m in sys.argv[1:]]\n"
-        f"ids = torch.tensor({IDS.tolist()})\n"
-        "assert torch.equal(models[0](ids).logits, models[1](ids).logits)"
+        f"{lines[1]}\nimport torch\nfrom llmsparse import load\nids = torch.tensor({IDS.tolist()})\n"
+        f"assert torch.equal(model(ids).logits, load({str(folder)!r})(ids).logits)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
-    loaded = subprocess.run(
-        [sys.executable, "-c", code, REPO, str(pruned)], capture_output=True, text=True, env=environment
-    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert loaded.returncode == 0, loaded.stderr
 
 
