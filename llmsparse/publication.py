@@ -37,9 +37,9 @@ def collect(folder: str | Path) -> Publication:
             of its report, a file with a hub token in it.
     """
     place = Path(folder).expanduser()
+    _refuse_unfinished(place)
     if not place.is_dir():
         raise UserError(f"{folder} is not a folder; name one that llmsparse prune, quantize or export wrote")
-    _refuse_unfinished(place)
     report, export = _read(place / REPORT), _read(place / EXPORT)
     if not report and not export:
         raise UserError(
@@ -52,7 +52,15 @@ def collect(folder: str | Path) -> Publication:
 
 
 def _refuse_unfinished(place: Path) -> None:
-    if (place / JOURNAL).exists() or re.fullmatch(r"\..*\.llmsparse-(work|new|spool)", place.resolve().name):
+    work = place.absolute().with_name(
+        f".{place.name}.llmsparse-work"
+    )  # where the folder grows before it is whole
+    if (
+        (place / JOURNAL).exists()
+        or not place.exists()
+        and work.exists()
+        or re.fullmatch(r"\..*\.llmsparse-(work|new|spool)", place.resolve().name)
+    ):
         raise UserError(
             f"{place} belongs to a run that was cut off; finish it with the same command and --resume, then push"
         )

@@ -123,6 +123,12 @@ def test_a_folder_that_must_not_be_published_is_refused(pruned, tmp_path, damage
         card(folder)
 
 
+def test_a_folder_whose_run_is_unfinished_is_not_there_yet_and_that_is_said(tmp_path):
+    (tmp_path / ".out.llmsparse-work").mkdir()
+    with pytest.raises(UserError, match="was cut off; finish it"):
+        card(tmp_path / "out")
+
+
 def test_a_base_model_that_is_no_id_is_refused(pruned):
     with pytest.raises(UserError, match="is no hub id"):
         card(pruned, base_model="here")
