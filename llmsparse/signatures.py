@@ -24,15 +24,15 @@ def signature_of(module: str, function: str) -> inspect.Signature:
     found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     names = {**ANNOTATIONS, **_constants(tree)}
     own = inspect.Signature([*_parameters(found.args, names)], return_annotation=dict[str, Any])
-    extended = next((node.value for node in tree.body if _extends(node, function)), None)
-    if not isinstance(extended, ast.Call):
+    extended = next((call for call in map(_extension, tree.body) if call and call[0] == function), None)
+    if extended is None:
         return own
 
     def stub() -> None:
         """Has the parameters that ``with_options`` extends."""
 
     stub.__signature__ = own  # type: ignore[attr-defined]
-    return with_options(stub, *(_value(argument, names) for argument in extended.args[1:]))
+    return with_options(stub, *(_value(argument, names) for argument in extended[1]))
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:
@@ -47,20 +47,22 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
     return found
 
 
-def _extends(node: ast.stmt, function: str) -> bool:
+def _extension(node: ast.stmt) -> tuple[str, list[ast.expr]] | None:
+    """Of ``f.__signature__ = with_options(f, ...)``: f, and what follows it."""
     target = node.targets[0] if isinstance(node, ast.Assign) else None
-    return isinstance(target, ast.Attribute) and ast.unparse(target) == f"{function}.__signature__"
+    if not isinstance(target, ast.Attribute) or target.attr != "__signature__":
+        return None
+    assert isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+    return ast.unparse(target.value), node.value.args[1:]
 
 
 def _parameters(arguments: ast.arguments, names: dict[str, Any]) -> Iterator[inspect.Parameter]:
     plain, empty = arguments.args, inspect.Parameter.empty
-    defaults = [None] * (len(plain) - len(arguments.defaults)) + [*arguments.defaults]
-    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    both = [*zip(plain, defaults, [kinds[0]] * len(plain), strict=True)]
-    both += zip(
-        arguments.kwonlyargs, arguments.kw_defaults, [kinds[1]] * len(arguments.kwonlyargs), strict=True
-    )
-    for argument, default, kind in both:
+    missing = [None] * (len(plain) - len(arguments.defaults))
+    defaults: list[ast.expr | None] = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    for number, (argument, default) in enumerate(zip([*plain, *arguments.kwonlyargs], defaults, strict=True)):
+        positional = number < len(plain)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
         value = empty if default is None else _value(default, names)
         annotation = empty if argument.annotation is None else _value(argument.annotation, names)
         yield inspect.Parameter(argument.arg, kind, default=value, annotation=annotation)
