@@ -44,7 +44,7 @@ def push(
     progress = progress or Quiet()
     found = collect(folder)
     text, warnings = text_of(found, repo_id, base_model)
-    files = {**found.files, CARD: text.encode(), **_results(found)}
+    files: dict[str, Path | bytes] = {**found.files, CARD: text.encode(), **_results(found)}
     told = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in files.items()}
     result: dict[str, Any] = {
         "repo": repo_id,
