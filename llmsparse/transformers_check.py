@@ -69,8 +69,10 @@ def _weights(model: Any) -> list[tuple[str, Tensor]]:
     head = model.get_output_embeddings()
     found: list[tuple[str, Tensor]] = []
     for name, module in model.named_modules():
+        if module is head:
+            continue
         if isinstance(module, SparseLinear):
             found.append((name, module.unpack(torch.float32).get_parameter("weight")))
-        elif isinstance(module, nn.Linear | Conv1D) and module is not head:
+        elif isinstance(module, nn.Linear | Conv1D):
             found.append((name, module.get_parameter("weight")))
     return found

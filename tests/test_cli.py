@@ -404,7 +404,10 @@ def test_what_prune_refuses_the_command_line_says_in_one_line(tmp_path: Path) ->
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--device", "abacus"], "--device abacus"),
         (["--dtype", "int3"], "--dtype int3 is unknown"),
-        (["--recipe", str(recipe)], "key 'patern' is unknown; known: solver, pattern"),
+        (
+            ["--recipe", str(recipe)],
+            "key 'patern' is unknown; did you mean 'pattern'?; known: solver, pattern",
+        ),
         (["--recipe", "absent.yaml"], "recipe absent.yaml does not exist"),
         (["--solver", "magnitude"], "exists and is not empty; choose another OUT"),
     ):

@@ -231,3 +231,12 @@ def test_inspect_shows_the_zeros_of_packed_weights(tmp_path: Path) -> None:
     assert after["totals"]["parameters"] == before["totals"]["parameters"]
     row = next(w for w in after["weights"] if w["name"] == "transformer.h.0.mlp.c_fc.weight")
     assert (row["shape"], row["dtype"], row["sparsity"]) == ([128, 32], "bf16 (bitmask)", 0.5)
+
+
+def test_the_check_takes_an_output_layer_that_is_packed(tmp_path: Path) -> None:
+    found = export(sparse(tmp_path / "sparse"), tmp_path / "out", values="int8", check=True)["check"]
+    assert (
+        "lm_head"
+        in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["weights"]
+    )
+    assert found["failed"] == [] and found["zeros"]["kept"] == 1.0
