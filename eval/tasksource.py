@@ -100,9 +100,9 @@ def _check_known(names: list[str], local: dict[str, Path]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, [*local, *sorted(known)], n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}" if near else ""
             raise UserError(
-                f"task {name!r} is unknown{hint} Local: {', '.join(local) or 'none (see --task-data)'}; "
+                f"task {name!r} is unknown{hint}; local: {', '.join(local) or 'none (see --task-data)'}; "
                 f"lm-evaluation-harness knows {len(known):,} more (lm_eval ls tasks lists them)"
             )
 

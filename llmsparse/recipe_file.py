@@ -58,7 +58,7 @@ def _options(file: Path, kinds: Kinds) -> Iterator[tuple[str, Any]]:
         where = f"recipe {file}, line {line}"
         if name not in kinds:
             close = get_close_matches(name, kinds, n=1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
+            meant = f"; did you mean {close[0]}" if close else ""
             raise UserError(f"{where}: key {name!r} is unknown{meant}; known: {', '.join(kinds)}")
         if name in seen:
             raise UserError(f"{where}: {name} was given in line {seen[name]} already")

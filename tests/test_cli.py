@@ -406,7 +406,7 @@ def test_what_prune_refuses_the_command_line_says_in_one_line(tmp_path: Path) ->
         (["--dtype", "int3"], "--dtype int3 is unknown"),
         (
             ["--recipe", str(recipe)],
-            "key 'patern' is unknown; did you mean 'pattern'?; known: solver, pattern",
+            "key 'patern' is unknown; did you mean pattern; known: solver, pattern",
         ),
         (["--recipe", "absent.yaml"], "recipe absent.yaml does not exist"),
         (["--solver", "magnitude"], "exists and is not empty; choose another OUT"),

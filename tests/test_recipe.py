@@ -57,7 +57,7 @@ def test_a_pattern_is_not_read_as_a_time_of_day(tmp_path):
         ("seed: 1\na: [", "line 2 is not YAML"),
         (
             "seed: 1\nsover: wanda",
-            "line 2: key 'sover' is unknown; did you mean 'solver'\\?; known: solver, pattern",
+            "line 2: key 'sover' is unknown; did you mean solver; known: solver, pattern",
         ),
         ("seed: 1\n\nseed: 2", "line 3: seed was given in line 1 already"),
         ("# a\nsamples: many", "r.yaml, line 2: samples"),
