@@ -81,7 +81,7 @@ class Grid:
         best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
         for step in self.tried:
             scale = self._refined(grouped, _eight_bits(extreme / step), weighing)
-            wrong = (grouped - self._codes(grouped, scale[..., None]) * scale[..., None]).square()
+            wrong = self._codes(grouped, scale[..., None]).mul_(scale[..., None]).sub_(grouped).square_()
             error = (wrong if weighing is None else wrong * weighing).sum(-1)
             better = error < least
             best, least = torch.where(better, scale, best), torch.where(better, error, least)
@@ -118,8 +118,8 @@ class Grid:
         return scales.repeat_interleave(min(self.group, inputs), 1)[:, :inputs] if self.group else scales
 
     def _codes(self, weight: Tensor, scale: Tensor) -> Tensor:
-        low, high = self.range
-        return (weight / scale).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(low, high)
+        divisor = scale.masked_fill(scale == 0, torch.inf)  # a group of zeros has no scale
+        return (weight / divisor).round_().clamp_(*self.range)
 
     def _grouped(self, rows: Tensor) -> Tensor:
         """(rows, in) -> (rows, groups, group), the last group filled up with zeros."""
