@@ -1,5 +1,7 @@
 """The bytes of GGUF's quantised tensors, made of codes and scales as they are: Q8_0 and Q4_0."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,20 +37,15 @@ def fits(kind: Values, inputs: int) -> bool:
     return inputs % BLOCK == 0
 
 
-def row_bytes(kind: Values, inputs: int) -> int:
-    return inputs // BLOCK * BYTES[kind.bits]
-
-
-def encode(kind: Values, codes: Tensor, scales: Tensor) -> np.ndarray:
-    """uint8 (out, row bytes) of ``codes`` (out, in) and ``scales`` (out, groups); no number is rounded."""
+def encode(kind: Values, codes: Tensor, scales: Tensor) -> Iterator[np.ndarray]:
+    """uint8 (blocks, bytes) of ``codes`` (out, in) and ``scales`` (out, groups), panel by panel; no number is rounded."""
     rows, inputs = codes.shape
     spread = _spread(kind, scales, inputs)
-    out = np.empty((rows, row_bytes(kind, inputs)), dtype=np.uint8)
     for first, last in bits.panels(rows, inputs):
-        blocks = out[first:last].reshape(-1, BYTES[kind.bits])
+        blocks = np.empty(((last - first) * inputs // BLOCK, BYTES[kind.bits]), dtype=np.uint8)
         blocks[:, :2] = spread[first:last].reshape(-1, 1).numpy().view(np.uint8)
         blocks[:, 2:] = _codes(kind, codes[first:last].reshape(-1, BLOCK)).numpy()
-    return out
+        yield blocks
 
 
 def _spread(kind: Values, scales: Tensor, inputs: int) -> Tensor:

@@ -4,17 +4,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmsparse import gguf_blocks, gguf_rounding
+from llmsparse import bits, gguf_blocks, gguf_rounding
 from llmsparse.errors import UserError
 from llmsparse.gguf_layout import Family, Place, places, rope_factors, settings
 from llmsparse.gguf_rounding import Rounding
 from llmsparse.gguf_tokenizer import Vocabulary
+from llmsparse.heap import return_freed_memory
 from llmsparse.packing import Candidate, Numbers
 from llmsparse.values import Values
 
@@ -74,8 +75,8 @@ def _candidate(place: Place) -> Candidate:
     return Candidate(place.source.removesuffix(".weight"), place.source, table=place.table, head=place.head)
 
 
-def data(entry: Entry, numbers: Numbers) -> np.ndarray:
-    """The tensor's content in the file."""
+def panels(entry: Entry, numbers: Numbers) -> Iterator[np.ndarray]:
+    """The tensor's content in the file, piece by piece: a table is larger than all that a panel takes."""
     place = entry.place
     if entry.codes is None:
         tensor = place.to_file(numbers.checkpoint.tensor(place.source))
@@ -90,20 +91,30 @@ def data(entry: Entry, numbers: Numbers) -> np.ndarray:
     return _as_floats(place.to_file(kind.weight(codes, scales)), entry)
 
 
-def _as_floats(tensor: Tensor, entry: Entry) -> np.ndarray:
-    name = entry.place.source
-    if entry.place.shift:
-        tensor = tensor.float() + entry.place.shift
+def _as_floats(tensor: Tensor, entry: Entry) -> Iterator[np.ndarray]:
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.type]
-    made = tensor.to(dtype).contiguous()
-    if not bool(made.isfinite().all()):
-        why = (
-            "holds values that are not finite"
-            if not bool(tensor.isfinite().all())
-            else "is beyond fp16's range"
-        )
-        raise UserError(f"{name} {why}; {'repair the model' if 'not' in why else 'use --values bf16'}")
-    return made.view(torch.int16).numpy() if dtype == torch.bfloat16 else made.numpy()
+    for first, last in bits.panels(tensor.shape[0], tensor[0].numel()):
+        panel = tensor[first:last]
+        if entry.place.shift:
+            panel = panel.float() + entry.place.shift
+        made = panel.to(dtype).contiguous()
+        if not bool(made.isfinite().all()):
+            whole = bool(panel.isfinite().all())
+            why = "is beyond fp16's range" if whole else "holds values that are not finite"
+            remedy = "use --values bf16" if whole else "repair the model"
+            raise UserError(f"{entry.place.source} {why}; {remedy}")
+        yield made.view(torch.int16).numpy() if dtype == torch.bfloat16 else made.numpy()
+
+
+class Content(NamedTuple):
+    """What GGUFWriter takes for an array: its size, and a way to write it."""
+
+    nbytes: int
+    panels: Iterator[np.ndarray]
+
+    def tofile(self, stream: Any) -> None:
+        for panel in self.panels:
+            panel.tofile(stream)
 
 
 def write(file: Path, entries: list[Entry], numbers: Numbers, header: "Header", progress: Any) -> None:
@@ -122,9 +133,11 @@ def write(file: Path, entries: list[Entry], numbers: Numbers, header: "Header", 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        return_freed_memory()  # of the tokenizer, which may have taken as much as a table
         for entry in entries:
-            writer.write_tensor_data(data(entry, numbers))
+            writer.write_tensor_data(Content(entry.bytes, panels(entry, numbers)))
             numbers.checkpoint.close()
+            return_freed_memory()
             progress.advance("writing", entry.place.name)
         if factors is not None:
             writer.write_tensor_data(factors.numpy())

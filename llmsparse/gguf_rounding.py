@@ -1,5 +1,6 @@
 """ggml's own rounding of weights that have no codes: Q8_0 and Q4_0 by the package gguf, Q4_K and Q6_K by libgguf."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,23 +96,20 @@ def _type(option: str, name: str | None) -> str | None:
     return TYPES[name]
 
 
-def encode(kind: str, weight: Tensor, name: str) -> np.ndarray:
+def encode(kind: str, weight: Tensor, name: str) -> Iterator[np.ndarray]:
     """uint8 (out, row bytes) of the weight (out, in), a panel of rows at a time.
 
     Raises:
         UserError: a number that is not finite or beyond fp16's range, in which blocks have their scales.
     """
     rows, inputs = weight.shape
-    block, size = gguf_blocks.SIZES[kind]
-    out = np.empty((rows, inputs // block * size), dtype=np.uint8)
     for first, last in bits.panels(rows, inputs):
         panel = weight[first:last].float()
         if not bool(panel.to(torch.float16).isfinite().all()):
             raise UserError(
                 f"{name} holds values that are not finite, or beyond fp16's range; repair the model"
             )
-        out[first:last] = _rounded(kind, panel.numpy())
-    return out
+        yield _rounded(kind, panel.numpy())
 
 
 def _rounded(kind: str, panel: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmsparse.bits import panels
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 
@@ -79,7 +80,12 @@ class GridFile:
         return self.grid(name).values(self.codes(name), self.scales(name))
 
     def checked(self, name: str, stored: Tensor) -> Tensor:
-        """The values of ``name``, if ``stored`` (out, in), the weight in the checkpoint, is their rounding.
+        """The values of ``name``, if ``stored`` (out, in), the weight in the checkpoint, is their rounding: ``check``."""
+        self.check(name, stored)
+        return self.values(name)
+
+    def check(self, name: str, stored: Tensor) -> None:
+        """Refuse codes of which ``stored`` (out, in), the weight in the checkpoint, is not the rounding, panel by panel.
 
         Raises:
             UserError: the weight was changed after it was quantised.
@@ -90,10 +96,15 @@ class GridFile:
             raise UserError(
                 f"{self.path}: {name} has codes from {least} to {most}; {self.grid(name)} ends at {high}"
             )
-        values = self.values(name)
-        if values.shape != stored.shape or not torch.equal(values.to(stored.dtype), stored):
+        grid, codes, scales = self.grid(name), self.codes(name), self.scales(name)
+        same = codes.shape == stored.shape and all(
+            torch.equal(
+                grid.values(codes[first:last], scales[first:last]).to(stored.dtype), stored[first:last]
+            )
+            for first, last in panels(*stored.shape)
+        )
+        if not same:
             raise UserError(
                 f"{name} is not what its codes in {self.path} give: it was changed after it was quantised; "
                 f"use the folder as `prune` wrote it, or delete {NAME} to go on from the weights alone"
             )
-        return values

@@ -240,7 +240,7 @@ class Numbers:
 
     def _from_file(self, candidate: Candidate, codes: GridFile) -> tuple[Values, Tensor, Tensor]:
         self._refuse_other(candidate, str(codes.grid(candidate.source)))
-        codes.checked(candidate.source, self._weight(candidate))
+        codes.check(candidate.source, self._weight(candidate))
         kind = Values.parse(str(codes.grid(candidate.source)))
         return kind, codes.codes(candidate.source), codes.scales(candidate.source).bfloat16()
 
@@ -261,17 +261,17 @@ class Numbers:
 
     def fitted(self, candidate: Candidate, grid: Grid) -> tuple[Tensor, Tensor]:
         """The nearest codes and scales, a panel of rows at a time."""
-        weight, codes, scales = self._weight(candidate), [], []
+        weight = self._weight(candidate)
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        scales = torch.empty(weight.shape[0], grid.groups(weight.shape[1]), dtype=torch.bfloat16)
         for first, last in bits.panels(*weight.shape):
             panel = weight[first:last].float()
             if not bool(panel.isfinite().all()):
                 raise UserError(
                     f"{candidate.source} holds values that are not finite; no code can stand for them"
                 )
-            each, scale = grid.nearest(panel, panel != 0)
-            codes.append(each.to(torch.int8))
-            scales.append(scale.bfloat16())
-        return torch.cat(codes), torch.cat(scales)
+            codes[first:last], scales[first:last] = grid.nearest(panel, panel != 0)
+        return codes, scales
 
 
 def _patterns(checkpoint: Checkpoint) -> dict[str, str]:

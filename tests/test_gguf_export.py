@@ -208,7 +208,7 @@ def test_an_interrupted_export_leaves_the_old_output(tmp_path: Path, monkeypatch
     export(model(tmp_path / "sparse"), tmp_path / "out", format="gguf")
     before = sorted(f.name for f in (tmp_path / "out").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("llmsparse.gguf_file.data", lambda *_: 1 / 0)
+        patch.setattr("llmsparse.gguf_file.panels", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(tmp_path / "sparse", tmp_path / "out", format="gguf", values="int8", overwrite=True)
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == before

@@ -77,6 +77,8 @@ def _pack(
     """Nothing where an ordinary tensor is as small."""
     if (drawn := numbers.of(candidate)) is None:
         return
+    checkpoint.close()  # the tensor itself may be as large as all else
+    return_freed_memory()
     kind, stored, scales = drawn
     shape = (stored.shape[0], stored.shape[1])
     packed = Packed("dense", kind.name, shape) if candidate.table else smallest(stored, kind)
