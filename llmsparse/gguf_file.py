@@ -135,7 +135,8 @@ def write(file: Path, entries: list[Entry], numbers: Numbers, header: "Header", 
         writer.write_ti_data_to_file()
         return_freed_memory()  # of the tokenizer, which may have taken as much as a table
         for entry in entries:
-            writer.write_tensor_data(Content(entry.bytes, panels(entry, numbers)))
+            content: Any = Content(entry.bytes, panels(entry, numbers))
+            writer.write_tensor_data(content)
             numbers.checkpoint.close()
             return_freed_memory()
             progress.advance("writing", entry.place.name)
