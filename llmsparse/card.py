@@ -196,14 +196,20 @@ def _size(found: Publication, run: Run) -> str:
         )
     elif run.weight_bytes:
         lines.append(f"Weight files: {byte_size(run.weight_bytes)}; zeros are stored in full.")
-    ran = (export.get("check") or {}).get("runtime")
-    if ran and ran.get("tokens_per_second"):
-        speeds = ", ".join(
-            f"{plain(rate)} tokens/s with {n} threads" for n, rate in ran["tokens_per_second"].items()
+    check = export.get("check") or {}
+    ran = check.get("runtime") or {}
+    if speeds := ran.get("tokens_per_second"):
+        each = ", ".join(
+            f"{plain(rate)} tokens/s with {n} thread{'s' * (n != '1')}" for n, rate in speeds.items()
         )
-        lines.append(f"{ran['name']}, greedy decoding where it was exported: {speeds}.")
+        lines.append(
+            f"Greedy decoding in {ran['name']} on {check.get('processor') or 'a machine that is not named'}: {each}."
+        )
     elif run.tokens_per_second:
-        lines.append(f"transformers, where it was evaluated: {plain(run.tokens_per_second)} tokens/s.")
+        machine = run.processor or "a machine that is not named"
+        lines.append(
+            f"Greedy decoding in transformers on {machine}: {plain(run.tokens_per_second)} tokens/s."
+        )
     else:
         lines.append("Speed: not measured.")
     return "\n\n".join(lines)

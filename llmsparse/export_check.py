@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmsparse.device import processor
 from llmsparse.eval.fidelity import NLL, window_scores
 from llmsparse.eval.forward import forward_of
 from llmsparse.eval.perplexity import perplexity
@@ -142,6 +143,7 @@ def summary(
         "zipped_share": zipped,
         "says": f"{gain}; zipped (zlib, level 1) it shrinks by {1 - zipped:.0%}",
         "runtime": runtime,
+        "processor": processor(),
         "failed": verdict(change, allowed + activations, both=allowed == EXACT),
         "notes": [],
     }

@@ -75,6 +75,12 @@ class Run:
         return found[0] if found else None
 
     @cached_property
+    def processor(self) -> str | None:
+        """What the tokens a second were measured on, where the evaluation says so."""
+        found = [row.get("processor") for row in self.evals if row.get("tokens_per_second")]
+        return found[0] if found else None
+
+    @cached_property
     def sources(self) -> list[Row]:
         return self._rows("sources")
 

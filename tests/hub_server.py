@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -45,6 +46,12 @@ class Hub:
         self.requests: list[str] = []
         self.faults: list[tuple[str, Callable[[_Handler], None]]] = []
         self.refused_cards: str | None = None
+
+    def add(self, repo: str, folder: Path) -> str:
+        """A repository that was there before, with the files of ``folder``; its commit."""
+        made = self.repositories[repo] = Repository(private=False)
+        files = {file.name: {"bytes": file.read_bytes()} for file in folder.iterdir() if file.is_file()}
+        return str(made.commit("main", "all", files)["oid"])
 
     def content(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """Path -> bytes of everything at a revision, but git's attributes."""

@@ -4,12 +4,14 @@ import getpass
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from llmsparse.export import export
 from llmsparse.prune import prune
@@ -17,6 +19,7 @@ from tests import hub_server
 from tests.hub_server import Hub, fail, hang_up
 from tests.packed_tiny import IDS
 from tests.pruned import SMALL
+from tests.results import full_evaluation
 from tests.tiny import save_tiny
 
 REPO = "someone/tiny-2of4"
@@ -68,7 +71,7 @@ def large_uploads(hub: Hub) -> int:
 def assert_complete(hub: Hub, folder: Path, repo: str = REPO, revision: str = "main") -> None:
     """Every file is there once, byte for byte but for cleaned reports and the card."""
     there = hub.content(repo, revision)
-    here = {f.name for f in folder.iterdir() if not f.name.startswith(".")}
+    here = {f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")}
     assert set(there) == here | {"README.md"}
     for name in here - {"report.json", "README.md"}:
         assert there[name] == (folder / name).read_bytes()
@@ -209,8 +212,6 @@ def test_a_card_that_the_hub_refuses_stops_it_before_anything_is_sent(hub, prune
 
 
 def test_an_edited_card_is_used_as_it_is(hub, pruned, tmp_path):
-    import shutil
-
     folder = shutil.copytree(pruned, tmp_path / "copy")
     card = run(hub, "card", folder, token=None).stdout
     (folder / "README.md").write_text(card.replace("## Known losses", "## What I know of losses"))
@@ -219,11 +220,26 @@ def test_an_edited_card_is_used_as_it_is(hub, pruned, tmp_path):
     assert "## What I know of losses" in text and "2:4" in ModelCard(text).data.tags
 
 
-def test_prune_pushes_what_it_wrote(hub, tmp_path):
+def test_results_of_evaluations_are_where_the_hub_looks_for_them(hub, pruned, tmp_path):
+    folder = shutil.copytree(pruned, tmp_path / "copy")
+    (folder / "eval.json").write_text(json.dumps(full_evaluation()))
+    run(hub, "push", folder, REPO)
+    there = hub.content(REPO)
+    listed = parse_eval_result_entries(yaml.safe_load(there[".eval_results/llmsparse.yaml"]))
+    assert {entry.dataset_id for entry in listed} >= {"Salesforce/wikitext", "Rowan/hellaswag"}
+    assert ModelCard(there["README.md"].decode()).data.eval_results
+
+
+def test_prune_takes_a_model_of_the_hub_and_pushes_what_it_wrote(hub, tmp_path):
     dense = save_tiny("llama", tmp_path / "dense")
-    out = tmp_path / "out"
-    words = ("prune", dense, out, "--solver", "magnitude", "--pattern", "2:4", "--push", REPO)
+    (dense / "README.md").write_text("---\nlicense: mit\n---\n# Dense\n")
+    commit = hub.add("owner/dense", dense)
+    hub.home, out = tmp_path / "home", tmp_path / "out"
+    words = ("prune", "owner/dense", out, "--solver", "magnitude", "--pattern", "2:4", "--push", REPO)
     run(hub, *words, token="hf_reads", code=2)
     assert not out.exists()  # refused before the work
     run(hub, *words)
     assert_complete(hub, out)
+    data = ModelCard(hub.content(REPO)["README.md"].decode()).data
+    assert (data.base_model, data.base_model_relation, data.license) == ("owner/dense", "finetune", "mit")
+    assert json.loads(hub.content(REPO)["report.json"])["commit"] == commit
