@@ -187,15 +187,20 @@ def patiently(call: Callable[[], Found]) -> Found:
         try:
             return call()
         except Exception as error:
-            wait = _wait(error, tried)
+            wait = _wait(_cause(error), tried)
             if wait is None or tried == TRIES:
                 raise
-            LOG.warning("%s; again in %.0f s (%d of %d)", first_line(error), wait, tried, TRIES - 1)
+            LOG.warning("%s; again in %.0f s (%d of %d)", first_line(_cause(error)), wait, tried, TRIES - 1)
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-def _wait(error: Exception, tried: int) -> float | None:
+def _cause(error: BaseException) -> BaseException:
+    """What a large file's upload failed of: huggingface_hub wraps it."""
+    return _cause(error.__cause__) if isinstance(error, RuntimeError) and error.__cause__ else error
+
+
+def _wait(error: BaseException, tried: int) -> float | None:
     """Seconds after which another try makes sense; None where it never does."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
@@ -208,7 +213,7 @@ def _wait(error: Exception, tried: int) -> float | None:
     return seconds if seconds <= PATIENCE else None
 
 
-def _network(error: Exception) -> bool:
+def _network(error: BaseException) -> bool:
     """Whether the connection failed: the client's library has errors of its own for that, of no fixed module."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
@@ -216,42 +221,34 @@ def _network(error: Exception) -> bool:
 
 @contextmanager
 def _errors(repo: str) -> Iterator[None]:
-    from huggingface_hub.errors import (
-        BadRequestError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )  # fmt: skip
-
-    again = "run the same command again: what has arrived is not sent twice"
+    """One clear error for what the hub or the network refuses; a fault of the program stays one."""
     try:
         yield
-    except HFValidationError as error:
-        raise UserError(f"{repo!r} is no hub id; it is owner/name: {first_line(error)}") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        said = first_line(error)
-        if status == 401 and not isinstance(error, GatedRepoError):
-            raise UserError(
-                f"the hub does not accept this token ({said}); `hf auth login`, or give another with --token"
-            ) from error
-        if status == 403:
-            raise UserError(
-                f"this token may not write to {repo} ({said}); check the owner, or give a token that can write"
-            ) from error
-        if isinstance(error, RepositoryNotFoundError):
-            raise UserError(
-                f"{repo} is not there, or this token may not see it ({said}); check its name"
-            ) from error
-        if isinstance(error, BadRequestError):
-            raise UserError(
-                f"the hub refuses the upload to {repo}: {' '.join(str(error).split())}"
-            ) from error
-        raise UserError(f"the hub failed while {repo} was pushed ({said}); {again}") from error
     except Exception as error:
-        if not _network(error):
+        if isinstance(error, UserError) or (told := _told(_cause(error), repo)) is None:
             raise
-        raise UserError(
-            f"the connection to the hub was lost while {repo} was pushed ({first_line(error)}); {again}"
-        ) from error
+        raise UserError(told) from error
+
+
+def _told(error: BaseException, repo: str) -> str | None:
+    from huggingface_hub import errors
+
+    said, again = first_line(error), "run the same command again: what has arrived is not sent twice"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is no hub id; it is owner/name: {said}"
+    if status == 401 and not isinstance(error, errors.GatedRepoError):
+        return f"the hub does not accept this token ({said}); `hf auth login`, or give another with --token"
+    if status == 403:
+        return f"this token may not write to {repo} ({said}); check the owner, or give a token that can write"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{repo} is not there, or this token may not see it ({said}); check its name"
+    if isinstance(error, errors.BadRequestError):
+        return f"the hub refuses the upload to {repo}: {' '.join(str(error).split())}"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub failed while {repo} was pushed ({said}); {again}"
+    return (
+        f"the connection to the hub was lost while {repo} was pushed ({said}); {again}"
+        if _network(error)
+        else None
+    )

@@ -58,6 +58,7 @@ def test_one_wheel_serves_every_python_of_a_platform_and_one_every_platform(whee
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["wheel", "pure"])
 def test_a_wheel_works_in_an_environment_without_a_compiler(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest

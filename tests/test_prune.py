@@ -149,7 +149,9 @@ def test_recipe_file_holds_the_options_and_flags_win(tmp_path, text):
     report = prune(source, tmp_path / "out", recipe=recipe, samples=3)
     assert report["options"]["solver"] == "wanda" and report["options"]["samples"] == 3
     recipe.write_text("solvr: wanda\n")
-    with pytest.raises(UserError, match="key 'solvr' is unknown; known: solver, pattern"):
+    with pytest.raises(
+        UserError, match="key 'solvr' is unknown; did you mean solver; known: solver, pattern"
+    ):
         prune(source, tmp_path / "other", recipe=recipe)
 
 
