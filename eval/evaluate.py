@@ -12,7 +12,7 @@ import torch
 
 from llmsparse.atomic import check_place, write_whole
 from llmsparse.checkpoint import Checkpoint
-from llmsparse.device import forward_dtype, name_of, pick_device
+from llmsparse.device import forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.eval import models as load
 from llmsparse.eval.ability import beside, capabilities, lost_most
@@ -107,7 +107,6 @@ def evaluate(
         "bos": bos_rule(tokenizer),
         "dtype": str(used).removeprefix("torch."),
         "device": str(where),
-        "processor": name_of(where),
         "versions": versions() | ({"lm_eval": version("lm_eval")} if wanted else {}),
         "seconds": seconds,
     }

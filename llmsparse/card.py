@@ -1,11 +1,12 @@
 """The model card of a folder that llmsparse wrote: from its report and its evaluations alone."""
 
+import json
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmsparse.card_metadata import is_ours, kinds, metadata
+from llmsparse.card_metadata import kinds, made_by_us, metadata
 from llmsparse.command import command_of
 from llmsparse.figures import byte_size, percent, plain, with_error
 from llmsparse.local_paths import without_local_paths
@@ -45,9 +46,9 @@ def card(
 
 
 def text_of(found: Publication, repo: str, base_model: str | None) -> tuple[str, list[str]]:
-    """The card, and what a reader of it will miss. One that lies in the folder and is ours is taken as it is."""
-    if is_ours(found.folder):
-        return (found.folder / CARD).read_text("utf-8"), []
+    """The card, and what a reader of it will miss. One that lies in the folder with its mark is taken as it is."""
+    if found.card is not None and found.mark in found.card:
+        return found.card, []
     from huggingface_hub import ModelCardData
 
     run = run_of(found)
@@ -64,13 +65,13 @@ def text_of(found: Publication, repo: str, base_model: str | None) -> tuple[str,
         warnings.append(
             "nothing was evaluated; `llmsparse eval FOLDER --against DENSE --out FOLDER/eval.json` does it"
         )
-    return f"---\n{header.strip()}\n---\n\n" + "\n\n".join(sections) + "\n", warnings
+    if made_by_us(found.card):
+        warnings.append(f"{CARD} in the folder is not used: it lacks the mark of these weights, {found.mark}")
+    return f"---\n{header.strip()}\n---\n\n" + "\n\n".join([*sections, found.mark]) + "\n", warnings
 
 
 def run_of(found: Publication) -> Run:
     """The folder as ``report`` and ``compare`` read it, without local paths."""
-    import json
-
     texts = [
         content for name, content in found.files.items() if name.startswith("eval") and name.endswith(".json")
     ]
@@ -204,11 +205,6 @@ def _size(found: Publication, run: Run) -> str:
         )
         lines.append(
             f"Greedy decoding in {ran['name']} on {check.get('processor') or 'a machine that is not named'}: {each}."
-        )
-    elif run.tokens_per_second:
-        machine = run.processor or "a machine that is not named"
-        lines.append(
-            f"Greedy decoding in transformers on {machine}: {plain(run.tokens_per_second)} tokens/s."
         )
     else:
         lines.append("Speed: not measured.")

@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmsparse.errors import UserError
@@ -47,7 +46,7 @@ def metadata(found: Publication, run: Run, name: str, base_model: str | None) ->
     Raises:
         UserError: ``base_model`` is no hub id.
     """
-    licence = licence_of(found.folder)
+    licence = licence_of(found.card)
     fields: dict[str, Any] = {
         "base_model": base(found, base_model),
         "license": licence.get("license"),
@@ -72,30 +71,26 @@ def base(found: Publication, asked: str | None) -> str | None:
     return asked or (found.report.get("model") if found.report.get("commit") else None)
 
 
-def licence_of(folder: Path) -> dict[str, Any]:
+def licence_of(card: str | None) -> dict[str, Any]:
     """``license`` and its name and link, from the card of the source that lies in the folder."""
-    header = source_header(folder)
-    return {key: value for key, value in header.items() if key.startswith("license") and value}
+    return {key: value for key, value in header_of(card).items() if key.startswith("license") and value}
 
 
-def source_header(folder: Path) -> dict[str, Any]:
-    """The YAML header of the folder's README.md; empty without one."""
-    file = folder / CARD
-    if not file.is_file():
-        return {}
+def header_of(card: str | None) -> dict[str, Any]:
+    """The YAML header of a card; empty without one."""
     import yaml
 
-    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", file.read_text("utf-8"), re.DOTALL)
+    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card or "", re.DOTALL)
     try:
         header = yaml.safe_load(found.group(1)) if found else {}
     except yaml.YAMLError as error:
-        raise UserError(f"the header of {file} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"the header of {CARD} is not YAML: {' '.join(str(error).split())}") from error
     return header if isinstance(header, dict) else {}
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether README.md is a card that ``llmsparse card`` wrote, edited or not."""
-    listed = source_header(folder).get("tags")
+def made_by_us(card: str | None) -> bool:
+    """Whether it was ever written by ``llmsparse card``, of whatever weights."""
+    listed = header_of(card).get("tags")
     return isinstance(listed, list) and "llmsparse" in listed
 
 

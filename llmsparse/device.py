@@ -74,11 +74,6 @@ def available_memory(device: torch.device) -> int:
     return int(found[1]) * 1024 if found else 4 << 30
 
 
-def name_of(device: torch.device) -> str:
-    """What a figure was measured on: the GPU's name, or the CPU's."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-
-
 def processor() -> str:
     """The CPU's name, with family and model where Linux tells them."""
     try:

@@ -39,7 +39,11 @@ def _text(text: str, known: list[str]) -> str:
 def _is_path(text: str) -> bool:
     """Whether all of it is one path of this machine: from a root, a home, or upwards."""
     alone = "\n" not in text and not re.search(r"[,=]", text)
-    return alone and re.match(r"(/|~|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\)", text) is not None and len(text) > 1
+    return (
+        alone
+        and re.match(r"(/|~[\w.-]*[/\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\)", text) is not None
+        and len(text) > 1
+    )
 
 
 def _last(path: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmsparse import gridfile
 from llmsparse.calibration import Calibration
+from llmsparse.errors import UserError
 from llmsparse.heap import return_freed_memory
 from llmsparse.plan import Job, prepare
 from llmsparse.processes import Processes
@@ -52,11 +53,20 @@ def prune(
     report = _report(work, str(model), text, records)
     work.finish(report)
     if push is not None and processes.is_main:
-        report["push"] = publish(out, push, token=job.recipe.token, progress=progress)
+        report["push"] = _published(out, push, job.recipe.token, progress)
     return report
 
 
 prune.__signature__ = with_options(prune)  # type: ignore[attr-defined]
+
+
+def _published(out: str | Path, repo: str, token: str | None, progress: Any) -> dict[str, Any]:
+    try:
+        return publish(out, repo, token=token, progress=progress)
+    except UserError as error:
+        raise UserError(
+            f"{out} is written, but not pushed: {error}; go on with `llmsparse push {out} {repo}`"
+        ) from error
 
 
 def _with_data(work: Work, text: Calibration) -> list[dict[str, Any]]:

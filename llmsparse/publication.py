@@ -2,16 +2,17 @@
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmsparse.errors import UserError
 from llmsparse.export_report import NAME as EXPORT
 from llmsparse.local_paths import without_local_paths
+from llmsparse.runs import OWN
 from llmsparse.sha256 import file_sha256
 
 REPORT, CARD, JOURNAL = "report.json", "README.md", "journal.jsonl"
-CLEANED = re.compile(r"(report|export|eval.*|matrix)\.json")  # what llmsparse wrote about its own run
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 TEXT_BYTES = 16 << 20  # larger files are weights or vocabularies, not notes with a token in them
 
@@ -23,10 +24,13 @@ class Publication(NamedTuple):
     files: dict[str, Path | bytes]
     report: dict[str, Any]
     export: dict[str, Any]
+    card: str | None  # README.md as it lies there
 
     @property
-    def bytes(self) -> int:
-        return sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in self.files.values())
+    def mark(self) -> str:
+        """What a card of these very files carries: a folder that is made of this one copies its card, too."""
+        hashes = self.export.get("files") or self.report.get("files") or {}
+        return f"<!-- llmsparse card of {sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]} -->"
 
 
 def collect(folder: str | Path) -> Publication:
@@ -48,19 +52,17 @@ def collect(folder: str | Path) -> Publication:
     export = export or report.get("export") or {}
     _refuse_changed(place, export.get("files") or report.get("files") or {})
     files = {name: _content(file, name) for name, file in _files(place)}
-    return Publication(place, files, without_local_paths(report), without_local_paths(export))
+    card = place / CARD
+    if card.is_file():
+        _refuse_token(card)
+    text = card.read_text("utf-8") if card.is_file() else None
+    return Publication(place, files, without_local_paths(report), without_local_paths(export), text)
 
 
 def _refuse_unfinished(place: Path) -> None:
-    work = place.absolute().with_name(
-        f".{place.name}.llmsparse-work"
-    )  # where the folder grows before it is whole
-    if (
-        (place / JOURNAL).exists()
-        or not place.exists()
-        and work.exists()
-        or re.fullmatch(r"\..*\.llmsparse-(work|new|spool)", place.resolve().name)
-    ):
+    work = place.absolute().with_name(f".{place.name}.llmsparse-work")  # it grows there until it is whole
+    begun = (place / JOURNAL).exists() or (work.exists() and not place.exists())
+    if begun or re.fullmatch(r"\..*\.llmsparse-(work|new|spool)", place.resolve().name):
         raise UserError(
             f"{place} belongs to a run that was cut off; finish it with the same command and --resume, then push"
         )
@@ -103,11 +105,15 @@ def _files(place: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def _content(file: Path, name: str) -> Path | bytes:
-    """The file; or its text where local paths are taken out."""
+def _refuse_token(file: Path) -> None:
     if file.stat().st_size <= TEXT_BYTES and TOKEN.search(file.read_bytes()):
         raise UserError(f"{file} holds a hub token; remove it there, and revoke it if it was shared")
-    if CLEANED.fullmatch(name):
+
+
+def _content(file: Path, name: str) -> Path | bytes:
+    """The file; or its text where local paths are taken out."""
+    _refuse_token(file)
+    if OWN.fullmatch(name):
         return (json.dumps(without_local_paths(_read(file)), indent=1, ensure_ascii=False) + "\n").encode()
     if name == "config.json" and (config := _read(file)).get("_name_or_path"):
         cleaned = {**config, "_name_or_path": without_local_paths(config["_name_or_path"])}

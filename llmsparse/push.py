@@ -65,11 +65,17 @@ def may_push(repo_id: str, token: str | None) -> None:
     """Refuse what a push would be refused for, before the work whose result it would publish.
 
     Raises:
-        UserError: no id, or a token that is absent, wrong or read-only.
+        UserError: no id, a token that is absent, wrong or read-only, a repository that holds a model.
     """
     if not HUB_ID.fullmatch(repo_id):
         raise UserError(f"{repo_id!r} is no hub id; it is owner/name")
-    Remote.of(repo_id, None, token).may_write()
+    remote = Remote.of(repo_id, None, token)
+    remote.may_write()
+    if remote.has_a_model():
+        raise UserError(
+            f"{repo_id} exists and holds a model; choose another name, or leave --push out and replace it afterwards "
+            f"with `llmsparse push OUT {repo_id} --overwrite`"
+        )
 
 
 def _results(found: Publication) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,9 @@ from typing import Any
 from llmsparse.errors import UserError, first_line
 
 Row = dict[str, Any]
+OWN = re.compile(
+    r"(report|export|eval.*|matrix)\.json"
+)  # what llmsparse wrote of one folder, and of no other
 KIND = "llmsparse eval"  # how a file of results is recognised
 CONDITIONS = ("context", "stride", "bos", "dtype", "device")  # of a whole evaluation, repeated in its rows
 STATUSES = ("not measured", "not measurable", "measured")  # the later says more
@@ -72,12 +76,6 @@ class Run:
     @cached_property
     def tokens_per_second(self) -> float | None:
         found = [row["tokens_per_second"] for row in self.evals if row.get("tokens_per_second")]
-        return found[0] if found else None
-
-    @cached_property
-    def processor(self) -> str | None:
-        """What the tokens a second were measured on, where the evaluation says so."""
-        found = [row.get("processor") for row in self.evals if row.get("tokens_per_second")]
         return found[0] if found else None
 
     @cached_property

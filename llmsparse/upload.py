@@ -14,6 +14,7 @@ from llmsparse.errors import UserError, first_line
 
 TRIES = 5
 PATIENCE = 300  # seconds that a server may ask for; longer is told to the user
+MEGABYTE = 1 << 20
 LOG = logging.getLogger("llmsparse")
 Found = TypeVar("Found")
 
@@ -33,8 +34,8 @@ class Remote(NamedTuple):
             raise UserError("HF_HUB_OFFLINE is set, and a push needs the hub; unset it")
         return cls(HfApi(token=token), repo, revision or constants.DEFAULT_REVISION)
 
-    def may_write(self) -> str:
-        """Who the token belongs to.
+    def may_write(self) -> None:
+        """Ask whose the token is, and what it may do.
 
         Raises:
             UserError: there is no token, it is wrong, or it may only read.
@@ -53,7 +54,6 @@ class Remote(NamedTuple):
                 f"the token of {who.get('name')} can only read; make one that can write at "
                 f"{self.api.endpoint}/settings/tokens, and give it with --token"
             )
-        return str(who.get("name"))
 
     def validate(self, card: str) -> None:
         """Have the hub judge the header of a card before anything is sent.
@@ -78,6 +78,11 @@ class Remote(NamedTuple):
             if not self._has_revision():
                 patiently(lambda: self.api.create_branch(self.repo, branch=self.revision, exist_ok=True))
             return self.files()
+
+    def has_a_model(self) -> bool:
+        """Whether the repository is there and holds large files."""
+        with _errors(self.repo):
+            return patiently(lambda: self.api.repo_exists(self.repo)) and any(self.files().values())
 
     def files(self) -> dict[str, str | None]:
         """Path -> sha256 of a large file, None of another; without git's own attributes."""
@@ -139,9 +144,6 @@ def _removal(path: str) -> Any:
     from huggingface_hub import CommitOperationDelete
 
     return CommitOperationDelete(path)
-
-
-MEGABYTE = 1 << 20
 
 
 class _Counting(io.BufferedReader):
@@ -214,9 +216,12 @@ def _wait(error: BaseException, tried: int) -> float | None:
 
 
 def _network(error: BaseException) -> bool:
-    """Whether the connection failed: the client's library has errors of its own for that, of no fixed module."""
+    """Whether the connection failed, or a gateway answered in the hub's place with a page that is no JSON.
+
+    The client's library has errors of its own for that, of no fixed module.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
+    return bool(names & {"TransportError", "ConnectionError", "TimeoutError", "JSONDecodeError"})
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.report import finite
+from llmsparse.runs import OWN
 from llmsparse.sha256 import file_sha256
 
 COPY_BYTES = 256 << 20  # copied tensors held in memory at most, besides the last
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "report.json")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @contextmanager
@@ -242,6 +243,7 @@ class Writer:
                 file.is_file()
                 and file.suffix not in WEIGHTS
                 and file.name not in INDEXES
+                and not OWN.fullmatch(file.name)
                 and not file.name.startswith(".")
             ):
                 shutil.copyfile(file, self.work / file.name)

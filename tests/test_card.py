@@ -17,6 +17,7 @@ from llmsparse.cli import app
 from llmsparse.errors import UserError
 from llmsparse.export import export
 from llmsparse.prune import prune
+from llmsparse.quantize import quantize
 from llmsparse.runs import load_runs
 from tests.pruned import SMALL, read_report
 from tests.results import full_evaluation
@@ -69,6 +70,27 @@ def test_the_command_in_the_card_makes_the_same_weights(pruned, tmp_path):
     assert read_report(tmp_path / "again")["files"] == report["files"]
 
 
+def test_an_edited_card_is_kept_and_does_not_become_that_of_another_folder(pruned, tmp_path):
+    folder = shutil.copytree(pruned, tmp_path / "m")
+    edited = card(folder)["card"].replace("## Known losses", "## What I know of losses")
+    (folder / "README.md").write_text(edited)
+    assert card(folder) == {"card": edited, "warnings": []}
+    export(folder, tmp_path / "packed")
+    made = card(tmp_path / "packed")
+    assert "llmsparse.load(" in made["card"] and "What I know" not in made["card"]
+    assert any("lacks the mark of these weights" in text for text in made["warnings"])
+    assert ModelCard(made["card"]).data.license == "apache-2.0"
+
+
+def test_what_was_measured_on_the_source_is_not_said_of_what_is_made_of_it(pruned, tmp_path):
+    assert (pruned / "eval.json").is_file()
+    quantize(pruned, tmp_path / "again", values="int4:32", **SMALL)
+    export(pruned, tmp_path / "packed")
+    for folder in ("again", "packed"):
+        assert not (tmp_path / folder / "eval.json").exists()
+        assert "Not measured." in card(tmp_path / folder)["card"]
+
+
 def test_a_model_of_the_hub_is_its_base_model(pruned, tmp_path):
     folder = shutil.copytree(pruned, tmp_path / "m")
     report = read_report(folder) | {"model": "owner/dense", "commit": "0123abc"}
@@ -114,6 +136,7 @@ def test_an_export_says_its_format_and_how_it_is_loaded(pruned, tmp_path, format
         (lambda folder: (folder / "report.json").unlink(), "neither report.json nor export.json"),
         (lambda folder: (folder / "report.json").write_text("{"), "is no JSON"),
         (lambda folder: (folder / "notes.txt").write_text("hf_" + "a1B2" * 9), "holds a hub token"),
+        (lambda folder: (folder / "README.md").write_text("hf_" + "a1B2" * 9), "holds a hub token"),
     ],
 )
 def test_a_folder_that_must_not_be_published_is_refused(pruned, tmp_path, damage, says):

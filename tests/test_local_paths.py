@@ -23,6 +23,7 @@ from llmsparse.local_paths import without_local_paths
         ("wikitext2", "wikitext2"),
         ("model.layers.0.mlp/up", "model.layers.0.mlp/up"),
         ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name"),
+        ("~40 tokens/s", "~40 tokens/s"),
         ("3 tokens/s, 1/2 of it", "3 tokens/s, 1/2 of it"),
     ],
 )

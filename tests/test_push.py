@@ -152,6 +152,28 @@ def test_a_fault_that_passes_is_waited_for(hub, pruned, fault, where):
     assert hub.faults == [] and len(hub.repositories[REPO].commits) == 2
 
 
+def test_a_server_is_waited_for_as_long_as_it_asks_and_no_longer(hub, pruned, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    hub.faults = [("refs", fail(429, Retry_After="7")), ("create", fail(503))]
+    run(hub, "push", pruned, REPO)
+    assert sorted(waited) == [1, 7]
+    assert_complete(hub, pruned)
+    hub.faults = [("whoami", fail(429, Retry_After="3600"))]
+    done = run(hub, "push", pruned, REPO, code=2)
+    assert "run the same command again" in done.stderr and sorted(waited) == [1, 7]
+
+
+def test_a_page_of_a_gateway_in_the_hubs_place_is_waited_for(hub, pruned):
+    def page(handler):
+        handler.body()
+        handler.answer(200, b"<html>busy</html>")
+
+    hub.faults = [("whoami", page)]
+    run(hub, "push", pruned, REPO)
+    assert_complete(hub, pruned)
+
+
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, pruned):
     def answered_to_nobody(handler):
         handler.answer = lambda *_: (setattr(handler, "close_connection", True), handler.connection.close())
@@ -251,3 +273,18 @@ def test_prune_takes_a_model_of_the_hub_and_pushes_what_it_wrote(hub, tmp_path):
     data = ModelCard(hub.content(REPO)["README.md"].decode()).data
     assert (data.base_model, data.base_model_relation, data.license) == ("owner/dense", "finetune", "mit")
     assert json.loads(hub.content(REPO)["report.json"])["commit"] == commit
+
+
+def test_prune_refuses_a_taken_name_before_the_work_and_a_push_that_fails_after_it_is_told(
+    hub, pruned, tmp_path
+):
+    run(hub, "push", pruned, REPO)
+    dense, out = save_tiny("llama", tmp_path / "dense"), tmp_path / "out"
+    words = ("prune", dense, out, "--solver", "magnitude", "--push")
+    assert "exists and holds a model" in run(hub, *words, REPO, code=2).stderr and not out.exists()
+    hub.refused_cards = "no"
+    done = run(hub, *words, "someone/other", code=2)
+    assert f"{out} is written, but not pushed" in done.stderr and (out / "report.json").is_file()
+    hub.refused_cards = None
+    run(hub, "push", out, "someone/other")
+    assert_complete(hub, out, "someone/other")

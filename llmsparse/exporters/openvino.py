@@ -17,6 +17,7 @@ from llmsparse.export_sizes import Stored, sizes
 from llmsparse.extras import Extra
 from llmsparse.openvino_weights import SMALLEST, group_of, stored_bytes
 from llmsparse.packing import Candidate, Numbers
+from llmsparse.runs import OWN
 from llmsparse.skeleton import Skeleton
 from llmsparse.values import Values
 from llmsparse.writer import INDEXES, WEIGHTS, disk_errors
@@ -165,10 +166,8 @@ def _write(
 def _copy_others(source: Path, work: Path) -> None:
     """Configuration and tokenizer, for what reads them beside the model."""
     for file in source.iterdir():
-        left = (
-            file.suffix in WEIGHTS or file.name in (*INDEXES, export_report.NAME) or file.name.startswith(".")
-        )
-        if file.is_file() and not left:
+        left = file.suffix in WEIGHTS or file.name in INDEXES or file.name.startswith(".")
+        if file.is_file() and not left and not OWN.fullmatch(file.name):
             shutil.copyfile(file, work / file.name)
 
 
