@@ -157,6 +157,22 @@ class Existing:
         return "as-is"
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """A mask (out, in) that was chosen before."""
+
+    mask: Tensor
+    width: ClassVar[None] = None
+
+    def select(self, score: Tensor) -> Tensor:
+        """The mask, whatever the scores."""
+        return self.mask
+
+    def allows(self, mask: Tensor) -> bool:
+        """That mask alone."""
+        return torch.equal(mask, self.mask)
+
+
 def parse(text: str, scope: str | None = None) -> Unstructured | NM | Existing:
     """Read ``50%``, ``n:m`` (n kept of m) or ``as-is``.
 

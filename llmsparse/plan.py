@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmsparse import plugins
+from llmsparse import chain
 from llmsparse.calibration import Calibration, calibrate
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import available_memory, forward_dtype, pick_device
@@ -17,6 +17,7 @@ from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import Existing, Pattern, describe, parse
 from llmsparse.recipe import Recipe, with_options
+from llmsparse.reconstruct import Reconstruction
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Gram
 
@@ -33,6 +34,7 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     grid: Grid | None = None  # of the weights
+    reconstruction: Reconstruction | None = None
     tables: dict[str, Grid] = field(
         default_factory=dict
     )  # disk name of an embedding or output table -> its grid
@@ -58,9 +60,19 @@ class Job:
         }
 
     @property
+    def follows_dense(self) -> bool:
+        """Whether what the dense model computes is what blocks are to reproduce."""
+        return self.recipe.targets == "dense"
+
+    @property
+    def crosses(self) -> bool:
+        """Whether each weight is aimed at the dense model's inputs before it is solved; reconstruction aims by itself."""
+        return self.follows_dense and self.solver.statistics is Gram and self.reconstruction is None
+
+    @property
     def first_token(self) -> float:
         """How often each window's first token counts for queries, keys and values."""
-        asked = getattr(self.solver, "first_token", 1.0)
+        asked = getattr(self.solver, "first_token", None if self.solver.statistics is Gram else 1.0)
         if asked is not None:
             return asked
         return self.recipe.sequence_length / 2 if self.grid and self.recipe.sequence_length else 1.0
@@ -141,7 +153,11 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
     if grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
     recipe = with_defaults(recipe, config)
-    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, grid)
+    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, grid, _reconstruction(recipe))
+    if solver.statistics is None and (job.reconstruction or recipe.targets != "pruned"):
+        raise UserError(
+            f"solver {recipe.solver} uses no calibration data, which --reconstruct and --targets dense need; take another"
+        )
     job.tables = _tables(job)
     return job
 
@@ -162,21 +178,27 @@ def _tables(job: Job) -> dict[str, Grid]:
 
 def _solver(recipe: Recipe) -> Any:
     """The solver object that was given, or the named one with its ``--set`` options."""
-    options = recipe.solver_options()
-    if not isinstance(recipe.solver, str):
+    options = recipe.options_for("solver")
+    if isinstance(recipe.solver, str):
+        return chain.solver_of(recipe.solver, options)
+    if options:
+        raise UserError("set goes with a solver's name; give the options to the solver object itself")
+    return recipe.solver
+
+
+def _reconstruction(recipe: Recipe) -> Reconstruction | None:
+    options = recipe.options_for("reconstruct")
+    if not recipe.reconstruct:
         if options:
-            raise UserError("set goes with a solver's name; give the options to the solver object itself")
-        return recipe.solver
-    make = plugins.load("solvers", recipe.solver).solver
-    known = [f.name for f in fields(make)]
+            raise UserError(f"--set reconstruct.{next(iter(options))} goes with --reconstruct EPOCHS")
+        return None
+    known = [f.name for f in fields(Reconstruction) if f.name != "epochs"]
     if unknown := sorted(set(options) - set(known)):
-        raise UserError(
-            f"--set {unknown[0]}: {recipe.solver} has no such option; it has {', '.join(known) or 'none'}"
-        )
+        raise UserError(f"--set reconstruct.{unknown[0]}: there is no such option; known: {', '.join(known)}")
     try:
-        return make(**options)
+        return Reconstruction(recipe.reconstruct, **options)
     except TypeError as error:
-        raise UserError(f"--set {' '.join(recipe.set)}: {recipe.solver} cannot use it ({error})") from error
+        raise UserError(f"--set reconstruct...: {error}") from error
 
 
 def with_defaults(recipe: Recipe, config: Any) -> Recipe:

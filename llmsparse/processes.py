@@ -87,9 +87,19 @@ class Processes:
             dist.broadcast(tensor, owner)
         return tensor
 
+    def average(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as the mean over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.count
+        return tensor
+
     def add(self, statistics: Statistics) -> None:
         """Add the statistics of all processes into each one's."""
         dist.all_reduce(statistics.sums())
+        cross = getattr(statistics, "cross", None)
+        if cross is not None:
+            dist.all_reduce(cross)
         tokens = torch.tensor(statistics.tokens, device=statistics.sums().device)
         dist.all_reduce(tokens)
         statistics.tokens = int(tokens)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse import gridfile
+from llmsparse.block import Block
 from llmsparse.calibration import Calibration
 from llmsparse.errors import UserError
 from llmsparse.heap import return_freed_memory
@@ -15,7 +16,8 @@ from llmsparse.push import may_push
 from llmsparse.push import push as publish
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.report import Phases, versions
-from llmsparse.stream import Block, BlockStream
+from llmsparse.solving import solve_block
+from llmsparse.stream import BlockStream
 from llmsparse.work import Work
 from llmsparse.writer import Writer
 
@@ -77,10 +79,12 @@ def _with_data(work: Work, text: Calibration) -> list[dict[str, Any]]:
         job.skeleton, windows, job.dtype, job.device, job.batch_size(), job.recipe.offload, work.writer.work
     )
     stream.keep = job.passes_kept(stream.batch_size)
+    if job.follows_dense:
+        stream.follow_dense()
     try:
         return _with_stream(work, stream)
     finally:
-        stream.hidden.close()
+        stream.close()
         work.phases.facts["batch_size"] = stream.batch_size
 
 
@@ -91,13 +95,10 @@ def _with_stream(work: Work, stream: BlockStream) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for block in _timed(stream, work.phases):
         record = finished.get(block.name)
-        with work.phases("forward"):
-            if record is None:
-                weights = [w for w in block.weights if w.name in job.patterns]
-                desk = work.desk(weights, block.views)
-                block.settle(desk.kinds, desk.solve, work.processes)
-                record = desk.finish(block.name, job.tensors(block.index))
-            else:
+        if record is None:
+            record = solve_block(work, block)
+        else:
+            with work.phases("forward"):
                 work.spread(block.module)
                 block.run()
         records += record

@@ -11,6 +11,9 @@ from llmsparse.errors import UserError
 from llmsparse.recipe_file import read
 
 OFFLOADS = ("cpu", "disk", "none")
+TARGETS = ("pruned", "dense")
+ORDERS = ("sequential", "together")
+OWN = ("reconstruct",)  # whose options --set takes as NAME.KEY, beside the solver's
 
 
 def _option(default: Any, text: str) -> Any:
@@ -21,7 +24,9 @@ def _option(default: Any, text: str) -> Any:
 class Recipe:
     """Every option of ``prune`` and ``plan``; ``None`` means the default that its help states."""
 
-    solver: Any = _option("sparsegpt", "pruning method, see `llmsparse list solvers`")
+    solver: Any = _option(
+        "sparsegpt", "pruning method, see `llmsparse list solvers`; refit:wanda is refit around wanda"
+    )
     pattern: tuple[Any, ...] = _option(
         ("50%",),
         "50%, or n:m with n KEPT of m, or as-is; REGEX=PATTERN for some weights (repeatable)",
@@ -41,6 +46,16 @@ class Recipe:
     embeddings: str | None = _option(
         None,
         "the same for embedding and output tables; keep leaves them (default: int8 with --values, else keep)",
+    )
+    targets: str = _option(
+        "pruned",
+        "what a block is to reproduce: its dense outputs on the pruned model's inputs, or the dense model's (dense)",
+    )
+    order: str = _option(
+        "sequential", "of the weights of a block: each on what those before it produce, or all together"
+    )
+    reconstruct: int = _option(
+        0, "epochs of training each block's kept weights on the calibration text, after the solver"
     )
     seed: int = _option(0, "seed of the choice of calibration text")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1...")
@@ -67,8 +82,11 @@ class Recipe:
         for name in ("samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.offload not in OFFLOADS:
-            raise UserError(f"--offload {self.offload} is unknown; use {', '.join(OFFLOADS)}")
+        for name, known in (("offload", OFFLOADS), ("targets", TARGETS), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} {getattr(self, name)} is unknown; use {', '.join(known)}")
+        if self.reconstruct < 0:
+            raise UserError(f"--reconstruct {self.reconstruct} must be a number of epochs, or 0 for none")
         if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):
             raise UserError(f"--batch-size {self.batch_size} must be auto or a number of at least 1")
         for name in ("skip", "include"):
@@ -91,8 +109,8 @@ class Recipe:
         values = {k: [str(item) for item in v] if isinstance(v, tuple) else v for k, v in values.items()}
         return {**values, "solver": str(self.solver), "values": self.values and str(self.values)}
 
-    def solver_options(self) -> dict[str, Any]:
-        """``--set`` pairs with numbers and booleans read as such."""
+    def options_for(self, owner: str) -> dict[str, Any]:
+        """The ``--set`` pairs of one owner, numbers as numbers: ``reconstruct``, or ``solver`` with all the others."""
         import yaml
 
         pairs = {}
@@ -100,7 +118,9 @@ class Recipe:
             key, equals, value = text.partition("=")
             if not equals:
                 raise UserError(f"--set {text} is not KEY=VALUE, e.g. --set damping=0.02")
-            pairs[key.strip()] = yaml.safe_load(value)
+            whose, _, name = key.strip().rpartition(".")
+            if whose == owner or (owner == "solver" and whose not in OWN):
+                pairs[key.strip() if owner == "solver" else name] = yaml.safe_load(value)
         return pairs
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from llmsparse.processes import Processes
 from llmsparse.skeleton import Weight
 from llmsparse.statistics import Statistics
-from llmsparse.walk import Gate, Walk
+from llmsparse.walk import Gate, Twinned, Walk
 
+Pass = Walk | Twinned
 Solve = Callable[[str, Statistics | None], None]  # edits the weight in place
 
 
@@ -35,12 +36,12 @@ class Settling:
         self.leaders: dict[str, str] = {}  # weight name -> the weight whose statistics it shares
         self.statistics: dict[str, Statistics] = {}
         self._merged: set[str] = set()
-        self._counted: dict[Walk, set[str]] = {}
+        self._counted: dict[Pass, set[str]] = {}
         self._latest: dict[
-            Walk, tuple[str, Tensor]
+            Pass, tuple[str, Tensor]
         ] = {}  # the tensor is kept: its address must not be given out again
 
-    def arrive(self, walk: Walk, windows: int) -> None:
+    def arrive(self, walk: Pass, windows: int) -> None:
         """Book the inputs of a pass of so many ``windows`` that has just stopped."""
         name, inputs = walk.waiting, walk.inputs
         assert name is not None and inputs is not None
@@ -55,15 +56,17 @@ class Settling:
         if leader not in self.statistics:
             self.statistics[leader] = self.kinds[leader].zeros(inputs.shape[-1], self.device)
         parts = 1 if name in self._experts else windows  # an expert's tokens do not come by windows
-        for window in inputs.reshape(parts, -1, inputs.shape[-1]):
-            self.statistics[leader].update(window)  # one by one: the sums do not depend on the batch size
+        windowed = inputs.reshape(parts, -1, inputs.shape[-1])
+        targets = [None] * parts if walk.targets is None else walk.targets.reshape(windowed.shape)
+        for window, target in zip(windowed, targets, strict=True):
+            self.statistics[leader].update(window, target)  # one by one: sums do not depend on the batch size
 
-    def forget(self, walk: Walk) -> None:
+    def forget(self, walk: Pass) -> None:
         """Start a pass anew when its turn comes; what it contributed stays counted."""
         walk.abandon()
         self._latest.pop(walk, None)
 
-    def inherit(self, parts: list[Walk], whole: Walk) -> None:
+    def inherit(self, parts: list[Pass], whole: Pass) -> None:
         """``parts`` take the place of ``whole``, whose contributions stay counted."""
         for part in parts:
             self._counted[part] = set(self._counted.get(whole, ()))

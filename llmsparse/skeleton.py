@@ -250,11 +250,14 @@ class Skeleton:
                 found.append(Weight(label, name, index, parameter, out, inputs, transposed, block))
         return found
 
-    def views(self, weights: list[Weight]) -> dict[str, Tensor]:
-        """Weight name -> an (out, in) view into the materialised parameter, writable in place."""
+    def views(self, weights: list[Weight], of: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Weight name -> an (out, in) view into the materialised parameter, writable in place.
+
+        Or into the tensors of the same shapes that ``of`` has under the parameters' names.
+        """
         views: dict[str, Tensor] = {}
         for name in dict.fromkeys(w.parameter for w in weights):
-            views.update(self._disk_views(name, self.model.get_parameter(name).data))
+            views.update(self._disk_views(name, of[name] if of else self.model.get_parameter(name).data))
         return {w.name: w.oriented(views[w.name]) for w in weights}
 
     def _disk_views(self, parameter: str, tensor: Tensor) -> dict[str, Tensor]:

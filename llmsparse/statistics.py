@@ -1,5 +1,6 @@
 """Running sums over calibration inputs: what a solver knows of the data."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ class Statistics(Protocol):
     @classmethod
     def zeros(cls, in_features: int, device: torch.device | str = "cpu") -> Any: ...
 
-    def update(self, inputs: Tensor) -> None: ...
+    def update(self, inputs: Tensor, targets: Tensor | None = None) -> None: ...
 
     def merge(self, other: Any) -> None: ...
 
@@ -44,8 +45,10 @@ class Gram:
         self.total = total  # (in, in), only the upper panels are current until it is read
         self.tokens = tokens
         self.first_token = first_token
-        self._factors: dict[float, Factor] = {}
-        self._matrix: Tensor | None = None
+        self.cross: Tensor | None = (
+            None  # (in, in), sum of d xT with d the input of the dense model, where it is known
+        )
+        self._known: dict[Any, Any] = {}  # made of the sum as it is
 
     @classmethod
     def zeros(
@@ -53,40 +56,75 @@ class Gram:
     ) -> "Gram":
         return cls(torch.zeros(in_features, in_features, device=device, dtype=dtype))
 
-    def update(self, inputs: Tensor) -> None:
-        """Add the tokens of ``inputs`` (..., in); all must be real tokens, never padding."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.total)
-        if self.first_token != 1 and len(rows):
-            rows = torch.cat((rows[:1] * self.first_token**0.5, rows[1:]))
+    def update(self, inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Add the tokens of ``inputs`` (..., in); all must be real tokens, never padding.
+
+        ``targets`` (..., in): what these inputs are in the dense model.
+        """
+        rows = self._rows(inputs)
+        if targets is not None:
+            if self.cross is None:
+                self.cross = torch.zeros_like(self.total)
+            self.cross.addmm_(self._rows(targets).T, rows)
         for start in range(0, self.total.shape[0], PANEL):
             panel = self.total[start : start + PANEL, start:]
             torch.addmm(panel, rows[:, start : start + PANEL].T, rows[:, start:], out=panel)
         self.tokens += rows.shape[0]
-        self._factors.clear()
-        self._matrix = None
+        self._known.clear()
+
+    def _rows(self, inputs: Tensor) -> Tensor:
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.total)
+        if self.first_token != 1 and len(rows):
+            rows = torch.cat((rows[:1] * self.first_token**0.5, rows[1:]))
+        return rows
 
     def merge(self, other: "Gram") -> None:
         self.total += other.total
+        if other.cross is not None:
+            self.cross = other.cross.clone() if self.cross is None else self.cross.add_(other.cross)
         self.tokens += other.tokens
-        self._factors.clear()
-        self._matrix = None
+        self._known.clear()
 
     def sums(self) -> Tensor:
         """The running sum itself, for an all-reduce."""
         return self.total
 
     @property
+    def squares(self) -> "SquaredNorm":
+        """The diagonal alone."""
+        return SquaredNorm(self.total.diagonal(), self.tokens)
+
+    def damped(self, damping: float) -> tuple[Tensor, float]:
+        """The matrix as ``factor`` inverts it, (in, in), not to be changed, and the damping that this took."""
+        return self.remember(("damped", damping), lambda: self._damped(damping))
+
+    def _damped(self, damping: float) -> tuple[Tensor, float]:
+        _, used, dead = self.factor(damping)
+        matrix = self.matrix.clone()
+        scale = matrix.diagonal().mean()
+        matrix.diagonal()[dead] = 1.0
+        matrix.diagonal().add_(used * scale)
+        return matrix, used
+
+    @property
     def matrix(self) -> Tensor:
         """The mean of x xT, (in, in), symmetric; remembered until the next update."""
-        if self._matrix is None:
-            mean = self.total / max(self.tokens, 1)
-            for start in range(0, mean.shape[0], PANEL):  # panel by panel: no third matrix of this size
-                end = start + PANEL
-                square = mean[start:end, start:end]
-                square.copy_(square.triu() + square.triu(1).T)
-                mean[end:, start:end] = mean[start:end, end:].T
-            self._matrix = mean
-        return self._matrix
+        return self.remember("matrix", self._mean)
+
+    def _mean(self) -> Tensor:
+        mean = self.total / max(self.tokens, 1)
+        for start in range(0, mean.shape[0], PANEL):  # panel by panel: no third matrix of this size
+            end = start + PANEL
+            square = mean[start:end, start:end]
+            square.copy_(square.triu() + square.triu(1).T)
+            mean[end:, start:end] = mean[start:end, end:].T
+        return mean
+
+    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes of the sum, made once until the next update: the weights that share a Gram share it."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     def factor(self, damping: float) -> Factor:
         """The upper Cholesky factor of the inverse of the damped Gram, remembered per damping.
@@ -97,9 +135,7 @@ class Gram:
         Raises:
             SolverError: no damping makes the matrix positive definite (non-finite inputs).
         """
-        if damping not in self._factors:
-            self._factors[damping] = _factor(self.matrix, damping)
-        return self._factors[damping]
+        return self.remember(("factor", damping), lambda: _factor(self.matrix, damping))
 
 
 class FirstTokens(NamedTuple):
@@ -167,8 +203,8 @@ class SquaredNorm:
     def zeros(cls, in_features: int, device: torch.device | str = "cpu") -> "SquaredNorm":
         return cls(torch.zeros(in_features, device=device))
 
-    def update(self, inputs: Tensor) -> None:
-        """Add the tokens of ``inputs`` (..., in); all must be real tokens, never padding."""
+    def update(self, inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Add the tokens of ``inputs`` (..., in); all must be real tokens, never padding. ``targets`` are not used."""
         rows = inputs.reshape(-1, inputs.shape[-1]).to(self.total)
         self.total += rows.square().sum(0)
         self.tokens += rows.shape[0]
@@ -185,3 +221,10 @@ class SquaredNorm:
     def value(self) -> Tensor:
         """The mean square of each input, (in,)."""
         return self.total / max(self.tokens, 1)
+
+
+def narrowed(statistics: Gram, kind: type[Statistics] | None) -> Any:
+    """What a solver that asks for ``kind`` needs to know, out of a Gram."""
+    if kind is SquaredNorm:
+        return statistics.squares
+    return None if kind is None else statistics

@@ -1,6 +1,5 @@
 """Run a model block by block, one block in memory at a time."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -10,150 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmsparse.block import Block
 from llmsparse.errors import UserError
 from llmsparse.heap import Heap, return_freed_memory
+from llmsparse.hidden import HiddenStates
 from llmsparse.processes import Processes
 from llmsparse.settle import Settling, Solve
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Statistics
 from llmsparse.walk import Walk
-from llmsparse.writer import disk_errors
 
 Call = tuple[tuple, dict[str, Any]]  # a block's arguments after the hidden states
-
-
-class HiddenStates:
-    """The activations between two blocks, ``count`` windows (length, width): on the host, on disk, or on the device.
-
-    In memory they are one tensor, written over: a new one for each block would leave holes in the heap.
-    """
-
-    def __init__(self, offload: str, device: torch.device, count: int, folder: Path | None = None) -> None:
-        self.offload, self.device, self.count = offload, device, count
-        self._states: Tensor | None = None
-        self._folder = (
-            tempfile.TemporaryDirectory(prefix=".hidden-", dir=folder) if offload == "disk" else None
-        )
-
-    def __len__(self) -> int:
-        return self.count
-
-    def close(self) -> None:
-        """Forget the windows, and delete what was put on disk."""
-        self._states = None
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def read(self, indices: range) -> Tensor:
-        """A batch of windows, (batch, length, width), on the device; not to be changed, it may be no copy."""
-        if self._folder is not None:
-            return torch.stack([torch.load(self._path(index)) for index in indices]).to(self.device)
-        assert self._states is not None
-        states = self._states[indices.start : indices.stop]
-        return states.data.to(self.device)  # .data counts the changes of this batch alone
-
-    def write(self, indices: range, states: Tensor) -> None:
-        """Put (batch, length, width) in the place of these windows."""
-        if self._folder is not None:
-            for index, window in zip(indices, states, strict=True):
-                with disk_errors(self._path(index)):
-                    torch.save(window.cpu().clone(), self._path(index))
-            return
-        if self._states is None:
-            place = "cpu" if self.offload == "cpu" else states.device
-            self._states = torch.empty(self.count, *states.shape[1:], dtype=states.dtype, device=place)
-        self._states[indices.start : indices.stop] = states
-
-    def _path(self, index: int) -> Path:
-        assert self._folder is not None
-        return Path(self._folder.name) / f"{index}.pt"
-
-
-class Block:
-    """One decoder block with its weights in memory and the hidden states that enter it."""
-
-    def __init__(self, stream: "BlockStream", index: int) -> None:
-        self.stream, self.index = stream, index
-        self.name = f"{stream.skeleton.block_path}.{index}"
-        self.module: nn.Module = stream.skeleton.blocks[index]
-        self.weights = [w for w in stream.skeleton.weights if w.block == index]
-        self.views = stream.skeleton.views(self.weights)
-
-    def settle(
-        self, kinds: dict[str, type[Statistics]], solve: Solve, processes: Processes | None = None
-    ) -> Settling:
-        """Run every window through the block, stopping before each weight of ``kinds`` to ``solve`` it in place.
-
-        Replaces the stream's hidden states by the outputs of the block as it then is. ``kinds`` says which
-        statistics each weight's solver wants; ``solve(name, statistics)`` is called once for each weight that
-        any window uses.
-        """
-        settling = Settling(
-            self.weights, self.views, kinds, self.stream.device, processes or Processes.alone()
-        )
-        walks = {indices: self._walk(indices, settling) for indices in self.stream.batches()}
-        stood: dict[range, str] = {}  # where each pass waits, kept or not
-        try:
-            while True:
-                for indices in sorted(walks, key=lambda r: r.start):
-                    if stood.get(indices) in settling.gate.settled or indices not in stood:
-                        self._advance(indices, walks, stood, settling)
-                        if settling.complete(stood.get(indices)):
-                            break  # the other passes need not stop there
-                if (name := settling.next(list(stood.values()))) is None:
-                    return settling
-                settling.solve(name, solve)
-        finally:
-            for walk in walks.values():  # after an error: no pass stays behind with its activations
-                walk.abandon()
-
-    def run(self) -> None:
-        """Replace the stream's hidden states by this block's outputs."""
-        self.settle({}, lambda name, statistics: None, Processes.alone())
-
-    def _advance(
-        self, indices: range, walks: dict[range, Walk], stood: dict[range, str], settling: Settling
-    ) -> None:
-        """One pass to its next stop; split in two where the device runs out of memory."""
-        walk, stream = walks[indices], self.stream
-        try:
-            walk.advance()
-        except torch.OutOfMemoryError:
-            stream.economise([w for w in walks.values() if w is not walk], settling)
-            settling.forget(walk)
-            parts = [r for r in stream.split(indices) if r]
-            walks.pop(indices)
-            stood.pop(indices, None)
-            walks.update({part: self._walk(part, settling) for part in parts})
-            settling.inherit([walks[part] for part in parts], walk)
-            for part in parts:
-                self._advance(part, walks, stood, settling)
-            return
-        if walk.finished:
-            stream.hidden.write(indices, walk.output)
-            walks.pop(indices)
-            stood.pop(indices, None)
-            return
-        assert walk.waiting is not None
-        stood[indices] = walk.waiting
-        settling.arrive(walk, len(indices))
-        if sum(w.waiting is not None for w in walks.values()) > stream.keep:
-            settling.forget(walk)
-
-    def _walk(self, indices: range, settling: Settling) -> Walk:
-        self.stream.calls(len(indices))  # rehearsed here and not inside the pass
-        return Walk(partial(self._forward, indices), settling.gate)
-
-    def _forward(self, indices: range) -> Tensor:
-        args, kwargs = self.stream.calls(len(indices))[self.index]
-        states = self.stream.hidden.read(indices)
-        before = states._version
-        output = self.module(states, *args, **kwargs)
-        if states._version != before:
-            raise UserError(
-                f"{self.stream.skeleton.config.model_type} cannot be streamed: its blocks change their input in place"
-            )
-        return output if isinstance(output, Tensor) else output[0]
 
 
 class BlockStream:
@@ -169,12 +35,28 @@ class BlockStream:
         batch_size: int = 1, offload: str = "cpu", folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.skeleton, self.dtype, self.device = skeleton, dtype, device
-        self.windows, self.batch_size = windows, batch_size
+        self.windows, self.batch_size, self._place = windows, batch_size, (offload, folder)
         self.keep = 1 << 30  # passes that may wait with their activations in memory
         self.as_tuple = False  # whether blocks return a tuple, found by the rehearsal
-        self.hidden = HiddenStates(offload, device, len(windows), folder)
+        self.hidden = self.new_states()
+        self.dense: HiddenStates | None = None  # the same in the dense model, where it is followed
         self.reader: Callable[[int], Any] = _from_source  # where block ``index`` is read
         self._calls: dict[int, list[Call]] = {}
+
+    def new_states(self) -> HiddenStates:
+        """A place for activations, which is empty."""
+        offload, folder = self._place
+        return HiddenStates(offload, self.device, len(self.windows), folder)
+
+    def follow_dense(self) -> None:
+        """From now on also run the dense model: ``dense`` is what enters each block there."""
+        self.dense = self.new_states()
+
+    def close(self) -> None:
+        """Forget the activations."""
+        for states in (self.hidden, self.dense):
+            if states is not None:
+                states.close()
 
     def batches(self) -> Iterator[range]:
         count = len(self.hidden)
@@ -207,13 +89,22 @@ class BlockStream:
         heap = Heap()
         for index in range(len(self.skeleton.blocks)):
             name = f"{self.skeleton.block_path}.{index}"
-            self.skeleton.materialize(name, self.dtype, self.device, self.reader(index))
+            reader = self.reader(index)
+            if self.dense is not None and reader is not None:
+                self._run_dense(name, index)
+            self.skeleton.materialize(name, self.dtype, self.device, reader)
             block = Block(self, index)
             yield block
             block.views.clear()  # they would keep this block's weights beside the next one's
             self.skeleton.release(name)
             self.skeleton.checkpoint.close()
             heap.block_done()
+
+    def _run_dense(self, name: str, index: int) -> None:
+        """The dense model's own block, where the one that is read next was pruned before."""
+        self.skeleton.materialize(name, self.dtype, self.device)
+        Block(self, index).aim()
+        self.skeleton.release(name)
 
     @contextmanager
     def _outside(self, root: nn.Module) -> Iterator[None]:
@@ -232,6 +123,8 @@ class BlockStream:
             for index, window in enumerate(self.windows):
                 first, calls = self._record(window[None])
                 self.hidden.write(range(index, index + 1), first)
+                if self.dense is not None:
+                    self.dense.write(range(index, index + 1), first)
                 known = self._calls.setdefault(1, calls)
                 if known is not calls and not _equal(known, calls):
                     raise UserError(

@@ -34,6 +34,10 @@ class Gate:
             ]
         return next((name for name in self._known[key] if name not in self.settled), None)
 
+    def knows(self, name: str) -> bool:
+        """Whether passes wait here for the weight of that name."""
+        return name in self._spans
+
 
 class Abandoned(BaseException):
     """Unwinds a pass whose activations are not to be kept."""
@@ -51,6 +55,7 @@ class Walk:
         self.finished = False
         self.waiting: str | None = None
         self.inputs: Tensor | None = None
+        self.targets: Tensor | None = None  # what the weight is multiplied with in a twin
         self.output: Any = None
         self._error: BaseException | None = None
         self._request: tuple[Callable, tuple, dict] | None = None
@@ -124,6 +129,36 @@ class Walk:
         self._go.acquire()
         if self._abandoned:
             raise Abandoned
+
+
+class Twinned:
+    """A pass and its ``twin`` through other weights: where both wait for the same one, ``targets`` are the twin's inputs.
+
+    To the outside it is the ``walk``.
+    """
+
+    def __init__(self, walk: Walk, twin: Walk) -> None:
+        self.walk, self.twin = walk, twin
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.walk, name)
+
+    @property
+    def targets(self) -> Tensor | None:
+        return self.twin.inputs if self.twin.waiting == self.walk.waiting else None
+
+    def advance(self) -> None:
+        """Both to their next stop, the twin to the end when the walk is there."""
+        self.walk.advance()
+        waiting = self.walk.waiting
+        if waiting is None or self.twin.gate.knows(waiting):
+            while not self.twin.finished and (waiting is None or self.twin.waiting != waiting):
+                self.twin.advance()
+
+    def abandon(self) -> None:
+        """Forget both."""
+        self.walk.abandon()
+        self.twin.abandon()
 
 
 class _Stops(TorchFunctionMode):

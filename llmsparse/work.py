@@ -1,5 +1,6 @@
 """Solve the weights of one block, put the results into the model and on the disk, and record how it went."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,19 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from llmsparse import gridfile
+from llmsparse.block import Block
 from llmsparse.calibration import Calibration
 from llmsparse.errors import SolverError, UserError
 from llmsparse.grid import Grid
-from llmsparse.pattern import Pattern, Unstructured
+from llmsparse.pattern import Fixed, Pattern, Unstructured
 from llmsparse.plan import Job
 from llmsparse.processes import Processes
+from llmsparse.propagation import aimed
+from llmsparse.reconstruct import Outcome
 from llmsparse.report import Phases, relative_error, versions
 from llmsparse.skeleton import Weight
 from llmsparse.solution import Solution, masked
-from llmsparse.statistics import FirstTokens, SquaredNorm, Statistics
+from llmsparse.solvers.sparsegpt import SparseGPT
+from llmsparse.statistics import FirstTokens, Gram, SquaredNorm, Statistics
 from llmsparse.writer import Writer
 
 ROWS = 4096  # of a table rounded at a time
+AIM_DAMPING = 0.1  # of aiming a weight at the dense model's inputs
 
 
 @dataclass
@@ -103,6 +109,10 @@ class Desk:
     disk: dict[str, Tensor] = field(default_factory=dict)  # the block's tensors as they will be written
     codes: dict[str, Tensor] = field(default_factory=dict)  # tensors of grid.safetensors
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)  # (out, in), of a block that is to be trained
+    trained: dict[str, Tensor] = field(default_factory=dict)  # its weights after that, (out, in) float32
+
+    _turns: int = 0
 
     @property
     def kinds(self) -> dict[str, type[Statistics]]:
@@ -116,27 +126,71 @@ class Desk:
 
     def solve(self, name: str, statistics: Statistics | None) -> None:
         """Prune one weight, from the source's own values, in one of the processes."""
-        weight, processes = self.weights[name], self.work.processes
-        with self.work.phases("solve"):
-            if weight.source not in self.disk:
-                self.disk[weight.source] = self.work.job.checkpoint.tensor(weight.source).clone()
-            stored = weight.stored(self.disk[weight.source])
-            owner = len(self.records) % processes.count
-            mine = processes.rank == owner
-            solved = processes.together(
-                lambda: prune_weight(self.work.job, weight, stored, statistics) if mine else None
+        job, weight = self.work.job, self.weights[name]
+        if weight.source not in self.disk:
+            self.disk[weight.source] = job.checkpoint.tensor(weight.source).clone()
+        grid = None if job.reconstruction else job.grid
+        self._settle(weight, lambda stored: prune_weight(job, weight, stored, statistics, grid))
+
+    def round(self, name: str, statistics: Statistics | None) -> None:
+        """Round a trained weight to the grid, its mask kept."""
+        job, weight = self.work.job, self.weights[name]
+        dense = self.trained.pop(name)
+        before, mask = self.records[name], self.masks[name]
+
+        def act(stored: Tensor) -> Solved:
+            stored.copy_(dense)
+            record, codes, kept = prune_weight(
+                job, weight, stored, statistics, job.grid, SparseGPT(), Fixed(mask.to(job.device))
             )
+            return {**before, **record, "pattern": before["pattern"]}, codes, kept
+
+        self._settle(weight, act)
+
+    def _settle(self, weight: Weight, act: Callable[[Tensor], "Solved"]) -> None:
+        """Let one of the processes ``act`` on the weight as it will be stored, and tell the others."""
+        processes, name = self.work.processes, weight.name
+        with self.work.phases("solve"):
+            stored = weight.stored(self.disk[weight.source])
+            owner = self._turns % processes.count
+            self._turns += 1
+            mine = processes.rank == owner
+            solved = processes.together(lambda: act(stored) if mine else None)
+            mask = solved[2] if solved else torch.empty(stored.shape, dtype=torch.bool)
             if processes.count > 1:
-                solved = processes.gather(solved)[owner]
-                stored.copy_(processes.broadcast(stored.contiguous().to(self.work.job.device), owner))
+                told = processes.gather(solved[:2] if solved else None)[owner]
+                device = self.work.job.device
+                stored.copy_(processes.broadcast(stored.contiguous().to(device), owner))
+                mask = processes.broadcast(mask.to(device, torch.uint8), owner).bool()
+                solved = (*told, mask)
             assert solved is not None
-            record, codes = solved
+            record, codes, _ = solved
             self.records[name] = record
             self.codes.update(codes)
+            if self.work.job.reconstruction:
+                self.masks[name] = mask
             if record["error"] is not None:
                 self.work.progress.tell("pruning", f"error {record['error']:.4f} {name}")
             if name in self.views:
                 self.views[name].copy_(stored)
+
+    def retake(self, block: Block, outcome: Outcome) -> None:
+        """Take over what the training of the block made of its weights and vectors."""
+        job = self.work.job
+        views = job.skeleton.views([w for w in block.weights if w.name in self.masks], outcome.matrices)
+        for name, view in views.items():
+            weight, mask = self.weights[name], self.masks[name]
+            stored = weight.stored(self.disk[weight.source])
+            stored.copy_(torch.where(mask.to(view.device), view, 0.0))
+            _verify(name, stored, mask.to(stored.device))
+            self.views[name].copy_(stored)
+            self.records[name]["block_error"] = outcome.errors
+            if job.grid:
+                self.trained[name] = view.clone()
+        for name, vector in outcome.vectors.items():
+            source = job.skeleton.sources[name][0][0]
+            self.disk[source] = vector.to("cpu", job.checkpoint.dtype(source))
+            job.skeleton.model.get_parameter(name).data.copy_(self.disk[source])
 
     def finish(self, block: str, tensors: list[str]) -> list[dict[str, Any]]:
         """Solve what no token came to, write the block with its other ``tensors``, and note that it is done."""
@@ -145,6 +199,9 @@ class Desk:
             self._refuse_unobserved(unseen)
         for weight in unseen:
             self.solve(weight.name, None)
+            if self.work.job.grid and weight.name in self.masks:
+                self.trained[weight.name] = weight.stored(self.disk[weight.source]).float()
+                self.round(weight.name, None)
         for name in list(self.disk):
             self.disk.update(dict.fromkeys(self.work.job.skeleton.same_as(name), self.disk[name]))
         records = [self.records[name] for name in self.weights]
@@ -167,33 +224,42 @@ class Desk:
             )
 
 
+Solved = tuple[
+    dict[str, Any], dict[str, Tensor], Tensor
+]  # record, tensors of grid.safetensors, mask (out, in)
+
+
 def prune_weight(
-    job: Job, weight: Weight, stored: Tensor, statistics: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor); say how it went, and its codes."""
-    pattern = job.patterns[weight.name]
+    job: Job, weight: Weight, stored: Tensor, statistics: Any, grid: Grid | None,
+    solver: Any = None, pattern: Pattern | None = None,
+) -> Solved:  # fmt: skip
+    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor); say how it went, its codes and mask.
+
+    By the job's solver to the job's pattern, unless others are given.
+    """
+    solver, pattern = solver or job.solver, pattern or job.patterns[weight.name]
     dense = stored.to(job.device, torch.float32, copy=True)
     notes: dict[str, Any] = {}
-    if job.solver.statistics is None:
-        solution = _call(job, dense, None, pattern)
+    if solver.statistics is None:
+        solution = _call(solver, dense, None, pattern, grid)
     elif statistics is None or statistics.tokens == 0:
         notes["warning"] = "saw no calibration token: pruned by magnitude; use more calibration text"
         mask = (pattern.scoped("row") if isinstance(pattern, Unstructured) else pattern).select(dense.abs())
-        solution = masked(dense, mask, job.grid)
+        solution = masked(dense, mask, grid)
     else:
         if statistics.tokens < weight.in_features:
             seen = f"saw {statistics.tokens} tokens for {weight.in_features} inputs"
             notes["warning"] = f"{seen}; use more calibration text"
-        solution = _calibrated(job, weight.name, dense, statistics)
+        solution = _calibrated(solver, weight.name, dense, statistics, pattern, grid)
     stored.copy_(solution.weight)
     _verify(weight.name, stored, solution.mask.to(stored.device))
     solved, codes = stored.to(dense), {}
-    if job.grid is not None:
+    if grid is not None:
         if solution.codes is None or solution.scales is None:
             raise UserError(f"solver {job.recipe.solver} returned no codes; it cannot round to --values")
-        solved = job.grid.values(solution.codes, solution.scales)
+        solved = grid.values(solution.codes, solution.scales)
         codes = gridfile.tensors(weight.name, solution.codes.cpu(), solution.scales.cpu())
-        notes["values"] = str(job.grid)
+        notes["values"] = str(grid)
     record = {
         "name": weight.name,
         "shape": [weight.out_features, weight.in_features],
@@ -205,21 +271,24 @@ def prune_weight(
         **solution.notes,
         **notes,
     }
-    return record, codes
+    return record, codes, solution.mask
 
 
-def _call(job: Job, dense: Tensor, statistics: Any, pattern: Pattern) -> Solution:
+def _call(solver: Any, dense: Tensor, statistics: Any, pattern: Pattern, grid: Grid | None) -> Solution:
     """The solver, with the grid only where there is one: a solver of the user's own may not know grids."""
-    grid = {"grid": job.grid} if job.grid else {}
-    return job.solver(dense, statistics, pattern, **grid)
+    return solver(dense, statistics, pattern, **({"grid": grid} if grid else {}))
 
 
-def _calibrated(job: Job, name: str, dense: Tensor, statistics: Any) -> Solution:
+def _calibrated(
+    solver: Any, name: str, dense: Tensor, statistics: Any, pattern: Pattern, grid: Grid | None
+) -> Solution:
     sums = statistics.sums()
     if not bool(torch.isfinite(sums.diagonal() if sums.dim() == 2 else sums).all()):
         raise SolverError(f"{name}: its calibration inputs are not finite; use --dtype float32 or other text")
     try:
-        return _call(job, dense, statistics, job.patterns[name])
+        if isinstance(statistics, Gram):
+            dense = aimed(dense, statistics, AIM_DAMPING)
+        return _call(solver, dense, statistics, pattern, grid)
     except SolverError as error:
         raise SolverError(f"{name}: {error}") from error
 

@@ -161,7 +161,12 @@ def test_each_weight_is_solved_on_what_the_pruned_ones_before_it_produce(family,
         alone = {}
         whole = Settling(plain.weights, plain.views, {name: Gram}, torch.device("cpu"), Processes.alone())
         for index in range(len(windows)):
-            walk = Walk(lambda index=index: plain._forward(range(index, index + 1)), whole.gate)
+            walk = Walk(
+                lambda index=index: plain.forward(
+                    plain.module, plain.stream.hidden.read(range(index, index + 1))
+                ),
+                whole.gate,
+            )
             walk.advance()
             if walk.waiting:
                 whole.arrive(walk, 1)

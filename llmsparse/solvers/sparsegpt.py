@@ -13,7 +13,7 @@ from torch import Tensor
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.joint import Joint
-from llmsparse.pattern import NM, Existing, Pattern, Unstructured, keep_largest
+from llmsparse.pattern import NM, Existing, Fixed, Pattern, Unstructured, keep_largest
 from llmsparse.solution import Solution
 from llmsparse.statistics import Gram
 
@@ -65,7 +65,7 @@ class SparseGPT:
         Then the error that later columns absorb is that of both. A scale for whole rows is fitted to what the
         sweep without rounding gives, and that sweep's mask is kept.
         """
-        known = pattern.select(weight.abs()) if isinstance(pattern, Existing) else None
+        known = pattern.select(weight.abs()) if isinstance(pattern, Existing | Fixed) else None
         scales = None
         if grid is not None and grid.group is None:
             alone = self(weight, statistics, pattern)
@@ -95,6 +95,17 @@ class SparseGPT:
         if joint is not None:
             return joint.solution(mask, weight.dtype, notes)
         return Solution(torch.where(kept, columns, 0.0).T.to(weight.dtype), mask, notes=notes)
+
+
+def rounded(solution: Solution, statistics: Gram, grid: Grid | None, damping: float) -> Solution:
+    """``solution`` on the ``grid``, if there is one: a sweep that keeps its mask and rounds (GPTQ, arXiv 2210.17323).
+
+    The sweep starts at the solved weights: where they are least squares, that is where the original ones would lead.
+    """
+    if grid is None:
+        return solution
+    swept = SparseGPT(damping)(solution.weight, statistics, Fixed(solution.mask), grid)
+    return swept._replace(notes={**solution.notes, **swept.notes})
 
 
 def _budgets(
