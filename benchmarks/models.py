@@ -1,4 +1,7 @@
-"""The models whose quality is measured: dense, and pruned by each solver to each pattern."""
+"""The models whose quality is measured: dense, and pruned by each method to each pattern.
+
+A method is a solver, and after each + an option of prune: ``refit:wanda``, ``alps+targets=dense+reconstruct=1``.
+"""
 
 import argparse
 import contextlib
@@ -24,7 +27,13 @@ IDENTITY = (
     "sequence_length",
     "seed",
 )
-AS_ASKED = ("solver", "samples", "sequence_length", "seed")  # what the report of a kept model must agree in
+AS_ASKED = (
+    "solver",
+    "pattern",
+    "samples",
+    "sequence_length",
+    "seed",
+)  # what the report of a kept model must agree in
 
 Wanted = Callable[[str, Path, str, str, str, Any], list[dict[str, Any]]]
 
@@ -102,6 +111,13 @@ def _model_hash(folder: Path) -> str:
     return _hashes[folder]
 
 
+def method(text: str) -> tuple[str, dict[str, Any]]:
+    """The solver of a method, and its other options as ``prune`` takes them."""
+    solver, *pairs = text.split("+")
+    given = dict(pair.split("=", 1) for pair in pairs)
+    return solver, {key: int(value) if value.isdigit() else value for key, value in given.items()}
+
+
 @contextlib.contextmanager
 def pruned(
     folder: Path, source: str, wanted: dict[str, Any], options: Any
@@ -113,19 +129,25 @@ def pruned(
     with contextlib.ExitStack() as stack:
         place = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="llmsparse-bench-"))
         pattern = wanted["pattern"].replace("%", "pc").replace(":", "of")
-        out = Path(place, f"{folder.name}-{wanted['solver']}-{pattern}")
+        solver, given = method(wanted["solver"])
+        name = wanted["solver"].replace(":", "-").replace("=", "-")
+        out = Path(
+            place, f"{folder.name}-{name}-{pattern}" + (f"-seed{wanted['seed']}" if wanted["seed"] else "")
+        )
         report = _kept(folder, out, wanted)
         if report is None:
             say(wanted, "pruning")
             report = prune(
-                folder, out, solver=wanted["solver"], pattern=(wanted["pattern"],), calibration=source,
+                folder, out, solver=solver, pattern=(wanted["pattern"],), calibration=source,
                 samples=options.samples, sequence_length=options.sequence_length, seed=options.seed,
-                device=options.device,
+                device=options.device, **given,
             )  # fmt: skip
         yield (
             out,
             {
                 "prune_seconds": round(sum(report["seconds"].values()), 1),
+                "solve_seconds": report["seconds"].get("solve"),
+                "peak_memory": max(report["peak_memory"].values()),
                 "coverage": report["coverage"],
                 "tokens_sha256": (report["calibration"] or {}).get("tokens_sha256"),
                 "prune_dtype": report["options"]["dtype"],
@@ -140,7 +162,9 @@ def _kept(folder: Path, out: Path, wanted: dict[str, Any]) -> dict[str, Any] | N
         return None
     report = json.loads((out / "report.json").read_text())
     options = report["options"]
-    same = all(options[key] == wanted[key] for key in AS_ASKED) and options["pattern"] == [wanted["pattern"]]
+    solver, given = method(wanted["solver"])
+    asked = {**wanted, "solver": solver, "pattern": [wanted["pattern"]], **given}
+    same = all(options[key] == asked[key] for key in (*AS_ASKED, *given))
     calibrated = report["calibration"] is None or rows.public(options["calibration"]) == wanted["calibration"]
     if same and calibrated and report["source_files"] == Checkpoint.open(folder).sha256():
         return report

@@ -1,8 +1,8 @@
-"""The quality figures of the README: WikiText-2 perplexity of each solver at each pattern.
+"""The quality figures of the README: perplexity of each method at each pattern, its time and its memory.
 
-    python -m benchmarks.quality "NAME=FOLDER" ... [--windows-2048 N]
+    python -m benchmarks.quality "NAME=FOLDER" ... [--solvers refit:wanda alps+targets=dense+reconstruct=1]
 
-Each model is pruned, evaluated at context 512 and 2048, and removed (or kept: --keep). Every figure is
+Each model is pruned, evaluated on every text at every context, and removed (or kept: --keep). Every figure is
 a row of the results file, written as soon as it is known; a row that is there already is not measured again.
 """
 
@@ -28,7 +28,8 @@ def _parse() -> argparse.Namespace:
     )
     models.add_options(parser, patterns=["50%", "2:4", "4:8"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048], choices=[512, 2048])
-    parser.add_argument("--data", default="wikitext2")
+    parser.add_argument("--data", nargs="+", default=["wikitext2"])
+    parser.add_argument("--plot", help="a file for perplexity against seconds of pruning, SVG or PNG")
     parser.add_argument(
         "--windows-512", type=int, default=64, help="first windows at context 512 (default 64)"
     )
@@ -41,11 +42,13 @@ def _wanted(
     name: str, folder: Path, solver: str, pattern: str, source: str, options: Any
 ) -> list[dict[str, Any]]:
     """What identifies each figure, a context each: a row that agrees in all of it is not measured again."""
-    model = models.identity(name, folder, solver, pattern, source, options) | {
-        "data": rows.public(options.data)
-    }
+    model = models.identity(name, folder, solver, pattern, source, options)
     asked = {512: options.windows_512, 2048: options.windows_2048}
-    return [{**model, "context": context, "windows_asked": asked[context]} for context in options.contexts]
+    return [
+        {**model, "data": rows.public(data), "context": context, "windows_asked": asked[context]}
+        for data in options.data
+        for context in options.contexts
+    ]
 
 
 def find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -62,10 +65,10 @@ def _measure(
     """Prune once, then evaluate at each context that ``missing`` (of one solver and pattern) names."""
     with models.pruned(folder, source, missing[0], options) as (model, run):
         for row in missing:
-            models.say(row, f"context {row['context']}")
+            models.say(row, f"{row['data']}, context {row['context']}")
             found = evaluate(
                 model,
-                options.data,
+                next(data for data in options.data if rows.public(data) == row["data"]),
                 context=row["context"],
                 windows=row["windows_asked"],
                 device=options.device,
@@ -76,19 +79,67 @@ def _measure(
 
 
 def table(measured: list[dict[str, Any]], name: str, folder: Path, source: str, options: Any) -> str:
-    """The model's rows as the README's markdown, perplexity ± standard error over windows."""
-    headings = [_heading(context, options) for context in options.contexts]
-    lines = [f"| solver | pattern | {' | '.join(headings)} |", "|---|---|" + "---|" * len(headings)]
+    """The model's rows as markdown: perplexity ± standard error over windows, and what the first text says of each.
+
+    ``damage removed`` is the share of sparsegpt's perplexity above the dense model's that a method does not add.
+    """
+    places = [(data, context) for data in options.data for context in options.contexts]
+    headings = [_heading(data, context, options) for data, context in places]
+    lines = [
+        f"| solver | pattern | {' | '.join(headings)} | damage removed | seconds | of these solving | peak memory |",
+        "|---|---|" + "---|" * (len(headings) + 4),
+    ]
+    found: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
     for solver, pattern in models.methods(options):
         wanted = _wanted(name, folder, solver, pattern, source, options)
-        cells = [_cell(find(measured, row)) for row in wanted]
-        lines.append(f"| {solver} | {pattern} | {' | '.join(cells)} |")
+        found[solver, pattern] = [find(measured, row) for row in wanted]
+    for (solver, pattern), cells in found.items():
+        shown = " | ".join(map(_cell, cells))
+        dense, base = found["dense", ""][0], (found.get(("sparsegpt", pattern)) or [None])[0]
+        lines.append(
+            f"| {solver} | {pattern} | {shown} | {_removed(dense, base, cells[0])} | {_cost(cells[0])} |"
+        )
+    if options.plot:
+        _plot(name, found, Path(options.plot))
     return "\n".join(lines)
 
 
-def _heading(context: int, options: Any) -> str:
+def _removed(dense: dict[str, Any] | None, base: dict[str, Any] | None, row: dict[str, Any] | None) -> str:
+    if dense is None or base is None or row is None or row is dense:
+        return ""
+    damage = base["perplexity"] - dense["perplexity"]
+    return f"{(base['perplexity'] - row['perplexity']) / damage:.1%}"
+
+
+def _cost(row: dict[str, Any] | None) -> str:
+    if row is None or row.get("prune_seconds") is None:
+        return " | | "
+    solving, peak = row.get("solve_seconds"), row.get("peak_memory")
+    shown = f"{solving:.0f} | {peak / 2**20:.0f} MiB" if solving is not None and peak is not None else " | "
+    return f"{row['prune_seconds']:.0f} | {shown}"
+
+
+def _plot(name: str, found: dict[tuple[str, str], list[dict[str, Any] | None]], file: Path) -> None:
+    """Perplexity on the first text against seconds of pruning, a colour for each pattern."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, pattern in enumerate(dict.fromkeys(pattern for _, pattern in found if pattern)):
+        rows_ = [(s, cells[0]) for (s, p), cells in found.items() if p == pattern and cells[0] is not None]
+        points = [(row["prune_seconds"], row["perplexity"], solver) for solver, row in rows_ if row]
+        axes.scatter(*zip(*[point[:2] for point in points], strict=True), color=f"C{number}", label=pattern)
+        for seconds, perplexity, solver in points:
+            axes.annotate(solver, (seconds, perplexity), (4, 3), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="seconds of pruning", ylabel="perplexity", title=name)
+    axes.legend()
+    figure.savefig(file)
+
+
+def _heading(data: str, context: int, options: Any) -> str:
     count = options.windows_512 if context == 512 else options.windows_2048
-    return f"context {context}, first {count} windows" if count else f"context {context}"
+    place = f"{rows.public(data)}, context {context}" if len(options.data) > 1 else f"context {context}"
+    return f"{place}, first {count} windows" if count else place
 
 
 def _cell(row: dict[str, Any] | None) -> str:

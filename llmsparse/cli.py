@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -174,7 +175,7 @@ HELP_OF = {  # where a name means less than it does to prune
 def choices(kind: str | None = None) -> dict[str, Any]:
     """What there is to choose from: ``{kind: [{"name", "about"}]}``; of one kind, or of all.
 
-    A plug-in's line is the first of its file, read without importing it. Raises UserError on an unknown kind.
+    A plug-in's line is the first of its file, read without importing it; ``options`` are those of ``--set``. Raises UserError on an unknown kind.
     """
     known = ["patterns", *plugins.kinds()]
     if kind is not None and kind not in known:
@@ -183,9 +184,24 @@ def choices(kind: str | None = None) -> dict[str, Any]:
 
 
 def _plugins(kind: str) -> list[dict[str, str]]:
-    source = {name: plugins.file(kind, name).read_text("utf-8") for name in plugins.names(kind)}
-    about = {name: ast.get_docstring(ast.parse(text)) or "" for name, text in source.items()}
-    return [{"name": name, "about": text.partition("\n")[0]} for name, text in about.items()]
+    found = []
+    for name in plugins.names(kind):
+        tree = ast.parse(plugins.file(kind, name).read_text("utf-8"))
+        about = (ast.get_docstring(tree) or "").partition("\n")[0]
+        found.append({"name": name, "about": about, "options": " ".join(_options(tree))})
+    return found
+
+
+def _options(tree: ast.Module) -> Iterator[str]:
+    """``name=default`` of each field of the file's dataclass, ``inner=...`` where it holds another solver."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    plugin = next((c for c in classes if "dataclass" in "".join(map(ast.unparse, c.decorator_list))), None)
+    for node in plugin.body if plugin else ():
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            if "ClassVar" not in ast.unparse(node.annotation):
+                default = ast.unparse(node.value)
+                held = re.search(r"default_factory=(\w+)", default)
+                yield f"{ast.unparse(node.target)}={held[1].lower() if held else default}"
 
 
 def _patterns() -> list[dict[str, str]]:

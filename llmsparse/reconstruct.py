@@ -26,17 +26,17 @@ class Reconstruction:
     """
 
     epochs: int = 2
-    rate: float = 0.01
+    rate: float = 0.015
     batch: int = 1
     held_out: float = 0.0625
-    norms: bool = True
+    norms: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"reconstruct.{name} must be at least 1; {getattr(self, name)} was given")
         if not self.rate > 0:
-            raise UserError(f"reconstruct.rate must be positive; {self.rate} was given, its default is 0.01")
+            raise UserError(f"reconstruct.rate must be positive; {self.rate} was given, its default is 0.015")
         if not 0 < self.held_out < 1:
             raise UserError(f"reconstruct.held_out must lie between 0 and 1; {self.held_out} was given")
 

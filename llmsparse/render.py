@@ -256,10 +256,12 @@ def _timed_products(products: Row) -> list[str]:
 
 
 def choices(result: Row) -> RenderableType:
-    """A table for each kind: its names, and what each is."""
-    tables = (
-        _table((kind, ""), [(row["name"], row["about"]) for row in rows]) for kind, rows in result.items()
-    )
+    """A table for each kind: its names, what each is, and its options where there are any."""
+    tables = []
+    for kind, rows in result.items():
+        wide = any(row.get("options") for row in rows)
+        lines = [(row["name"], row["about"], *([row["options"]] if wide else [])) for row in rows]
+        tables.append(_table((kind, "", "--set") if wide else (kind, ""), lines))
     return Group(*tables)
 
 

@@ -17,6 +17,7 @@ from llmsparse.statistics import Gram
 
 LADDER = 1.1  # penalties are its powers, so that weights that share a Gram meet the same ones
 RUNGS = ((0.1, 3), (0.005, 2), (0.0, 1))  # the support moved by more than this share: so many rungs up
+PATIENCE = 5  # comparisons before a support that never moved counts as settled
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Alps:
     def _split(self, target: Tensor, problem: Scaled, pattern: Pattern) -> tuple[Tensor, Tensor, int]:
         """The iteration: B, the mask of D, and how many there were."""
         wanted = target @ problem.gram
-        rung = 0
+        rung = moves = 0
         mask = before = pattern.select(target.abs())
         sparse, dual = torch.where(mask, target, 0.0), torch.zeros_like(target)
         free = target
@@ -70,9 +71,11 @@ class Alps:
             dual += penalty * (free - sparse)
             if iteration % self.every == 0:
                 moved = int((mask ^ before).count_nonzero()) / 2 / max(int(mask.count_nonzero()), 1)
-                if moved <= self.still:
+                moves += moved > self.still
+                # the first iterations may not move a support that is far from settled
+                if moved <= self.still and (moves or iteration >= PATIENCE * self.every):
                     return free, mask, iteration
-                rung += next(up for share, up in RUNGS if moved > share)
+                rung += next((up for share, up in RUNGS if moved > share), 0)
                 before = mask
         return free, mask, self.iterations
 

@@ -85,7 +85,8 @@ def test_constant_matrix_is_pruned_to_the_exact_count(
     assert negative_zeros(solution.weight[~solution.mask]) == 0
 
 
-@every_solver
+# a splitting goes on between equal supports, pulled by what it pruned last
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("admm", "alps")])
 @pytest.mark.parametrize(
     "pattern", [p for p in PATTERNS if getattr(p, "scope", "row") == "row"], ids=lambda p: str(p)
 )
