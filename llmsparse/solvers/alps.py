@@ -30,8 +30,8 @@ class Alps:
     damping: float = 0.01
     penalty: float = 0.1
     iterations: int = 300
-    every: int = 3
-    still: float = 0.0003
+    every: int = 1
+    still: float = 0.01
     steps: int = 10
     statistics: ClassVar[type[Gram]] = Gram
 
