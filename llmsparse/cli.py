@@ -195,6 +195,8 @@ def _patterns() -> list[dict[str, str]]:
     other = {
         "n:m": "any other: n kept of m consecutive inputs",
         "p%": "p percent zero, anywhere (see --scope)",
+        "width:p%": "a smaller model: p percent of the MLP channels and key/value heads go",
+        "depth:n": "a smaller model: n blocks go",
     }
     return [{"name": name, "about": about} for name, about in (described | other).items()]
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsparse import shrinking
 from llmsparse.errors import UserError
 
 SCOPES = ("row", "layer")
@@ -173,12 +174,14 @@ class Fixed:
         return torch.equal(mask, self.mask)
 
 
-def parse(text: str, scope: str | None = None) -> Unstructured | NM | Existing:
-    """Read ``50%``, ``n:m`` (n kept of m) or ``as-is``.
+def parse(text: str, scope: str | None = None) -> Unstructured | NM | Existing | shrinking.Shrink:
+    """Read ``50%``, ``n:m`` (n kept of m) or ``as-is``, or ``width:25%`` or ``depth:2``, which are no masks.
 
     Raises:
         UserError: the text is neither, or its numbers make no pattern.
     """
+    if shrink := shrinking.read(text):
+        return shrink
     if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
         if scope:
             raise UserError(f"--scope {scope} goes with an unstructured pattern such as 50%, not with {text}")
