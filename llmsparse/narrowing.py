@@ -62,7 +62,7 @@ def _fewer_heads(
     count = heads[0].groups
     wanted = width.heads(count)
     if wanted == count:
-        return [], f"all heads stay: {width} of {count} key/value heads is less than half of one"
+        return [], f"all heads stay: {count} key/value heads are too few for {width}"
     refused = None
     for kept in range(wanted, count):
         cuts = [replace(cut, kept=kept) for cut in heads]

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.cuts import CHANNELS, Cut
-from llmsparse.errors import UserError, first_line
+from llmsparse.errors import UserError
 from llmsparse.skeleton import Skeleton
 
 WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # what configs call an MLP's channels
@@ -29,7 +29,9 @@ class Outline(Checkpoint):
         try:
             return type(before).from_dict(dict(self.raw))
         except Exception as error:  # each config class has checks of its own
-            raise UserError(f"{before.model_type} allows no such config: {first_line(error)}") from error
+            raise UserError(
+                f"{before.model_type} allows no such config: {' '.join(str(error).split())}"
+            ) from error
 
     def write_config(self, folder: Path) -> None:
         """Put config.json into ``folder``."""

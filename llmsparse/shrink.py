@@ -205,7 +205,11 @@ class Step:
         def act() -> None:
             self.writer.prepare_to_finish({})
             self.outline.write_config(self.writer.work)
-            _compare(self.writer.work, self.job, window, states)
+            try:
+                _compare(self.writer.work, self.job, window, states)
+            except UserError:
+                shutil.rmtree(self.writer.work)
+                raise
 
         self.processes.together(lambda: act() if self.processes.is_main else None)
 
