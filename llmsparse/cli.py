@@ -189,9 +189,9 @@ def _plugins(kind: str) -> list[dict[str, str]]:
 
 
 def _patterns() -> list[dict[str, str]]:
-    from llmsparse.pattern import describe, parse
+    from llmsparse.pattern import describe, parse_mask
 
-    described = {text: describe(parse(text)).partition(" (")[2].rstrip(")") for text in EXAMPLES}
+    described = {text: describe(parse_mask(text)).partition(" (")[2].rstrip(")") for text in EXAMPLES}
     other = {
         "n:m": "any other: n kept of m consecutive inputs",
         "p%": "p percent zero, anywhere (see --scope)",

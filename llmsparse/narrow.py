@@ -121,8 +121,8 @@ class NarrowDesk:
             raise SolverError(
                 f"{cut.consumer.name}: {error}; use more calibration text or --dtype float32"
             ) from error
-        moved = (None if each is None else each.cpu() for each in (found.weight, found.bias))
-        return Narrowed(found.groups.cpu(), *moved, found.record)  # type: ignore[arg-type]
+        bias = None if found.bias is None else found.bias.cpu()
+        return Narrowed(found.groups.cpu(), found.weight.cpu(), bias, found.record)
 
     def finish(self) -> None:
         """Write the block, when every cut was made."""

@@ -175,13 +175,20 @@ class Fixed:
 
 
 def parse(text: str, scope: str | None = None) -> Unstructured | NM | Existing | shrinking.Shrink:
-    """Read ``50%``, ``n:m`` (n kept of m) or ``as-is``, or ``width:25%`` or ``depth:2``, which are no masks.
+    """Read what ``parse_mask`` does, or ``width:25%`` or ``depth:2``, which are of the whole model.
 
     Raises:
         UserError: the text is neither, or its numbers make no pattern.
     """
-    if shrink := shrinking.read(text):
-        return shrink
+    return shrinking.read(text) or parse_mask(text, scope)
+
+
+def parse_mask(text: str, scope: str | None = None) -> Unstructured | NM | Existing:
+    """Read ``50%``, ``n:m`` (n kept of m) or ``as-is``.
+
+    Raises:
+        UserError: the text is neither, or its numbers make no pattern.
+    """
     if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
         if scope:
             raise UserError(f"--scope {scope} goes with an unstructured pattern such as 50%, not with {text}")

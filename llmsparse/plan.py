@@ -228,7 +228,7 @@ def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     return replace(recipe, samples=samples, sequence_length=length)
 
 
-def _rule(text: Any, scope: str | None) -> tuple[re.Pattern[str] | None, Pattern]:
+def _rule(text: Any, scope: str | None) -> tuple[re.Pattern[str] | None, Pattern | Shrink]:
     if not isinstance(text, str):
         return None, text  # a pattern object
     expression, equals, pattern = text.rpartition("=")
