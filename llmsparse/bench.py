@@ -16,7 +16,7 @@ from llmsparse.formats import bitmask
 from llmsparse.grid import Grid
 from llmsparse.kernels.cpu import library
 from llmsparse.packed import Packed
-from llmsparse.pattern import parse
+from llmsparse.pattern import parse_mask
 from llmsparse.progress import Quiet
 from llmsparse.report import versions
 from llmsparse.skeleton import Skeleton
@@ -97,7 +97,7 @@ def _layers(
         raise UserError(
             f"{checkpoint.folder} has no linear layers outside its experts; there is nothing to time"
         )
-    chosen = parse(pattern) if pattern else None
+    chosen = parse_mask(pattern) if pattern else None
     random = torch.Generator().manual_seed(0)
     layers = []
     progress.start("reading weights", len(weights))

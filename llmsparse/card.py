@@ -85,7 +85,9 @@ def _lead(found: Publication, run: Run, fields: dict[str, Any]) -> str:
         f"[{base}](https://huggingface.co/{base})" if base else str(found.report.get("model") or "A model")
     )
     parts = []
-    if pruned := [tag for tag in run.options.get("pattern") or () if tag != "as-is"]:
+    if smaller := [section["pattern"] for section in found.report.get("smaller") or ()]:
+        parts.append(f"made smaller by {', '.join(f'`{pattern}`' for pattern in smaller)}")
+    if pruned := [tag for tag in run.options.get("pattern") or () if tag not in ("as-is", *smaller)]:
         parts.append(f"pruned to {', '.join(f'`{pattern}`' for pattern in pruned)} with `{run.solver}`")
     if found.report.get("grid"):
         parts.append(f"its weights rounded to {found.report['grid']['values']} by calibration")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from llmsparse.errors import UserError
 from llmsparse.publication import CARD, Publication
 from llmsparse.runs import Run
+from llmsparse.shrinking import read
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LIBRARIES = {
@@ -97,13 +98,14 @@ def made_by_us(card: str | None) -> bool:
 def tags(found: Publication, run: Run) -> list[str]:
     patterns = [text.rpartition("=")[2] for text in run.options.get("pattern") or ()]
     pruned = [text for text in patterns if text != "as-is"]
+    zeroed = [text for text in pruned if read(text) is None]
     return list(
         dict.fromkeys(
             [
                 "llmsparse",
-                *(["sparse"] if pruned or (run.sparsity or 0) > 0.2 else []),
+                *(["sparse"] if zeroed or (run.sparsity or 0) > 0.2 else []),
                 *pruned,
-                *([run.solver] if run.solver else []),
+                *([run.solver] if run.solver and (zeroed or run.weights) else []),
                 *kinds(found),
                 *([found.export["format"]] if found.export.get("format") else []),
             ]

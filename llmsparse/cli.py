@@ -205,12 +205,14 @@ def _options(tree: ast.Module) -> Iterator[str]:
 
 
 def _patterns() -> list[dict[str, str]]:
-    from llmsparse.pattern import describe, parse
+    from llmsparse.pattern import describe, parse_mask
 
-    described = {text: describe(parse(text)).partition(" (")[2].rstrip(")") for text in EXAMPLES}
+    described = {text: describe(parse_mask(text)).partition(" (")[2].rstrip(")") for text in EXAMPLES}
     other = {
         "n:m": "any other: n kept of m consecutive inputs",
         "p%": "p percent zero, anywhere (see --scope)",
+        "width:p%": "a smaller model: p percent of the MLP channels and key/value heads go",
+        "depth:n": "a smaller model: n blocks go",
     }
     return [{"name": name, "about": about} for name, about in (described | other).items()]
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsparse import shrinking
 from llmsparse.errors import UserError
 
 SCOPES = ("row", "layer")
@@ -173,7 +174,16 @@ class Fixed:
         return torch.equal(mask, self.mask)
 
 
-def parse(text: str, scope: str | None = None) -> Unstructured | NM | Existing:
+def parse(text: str, scope: str | None = None) -> Unstructured | NM | Existing | shrinking.Shrink:
+    """Read what ``parse_mask`` does, or ``width:25%`` or ``depth:2``, which are of the whole model.
+
+    Raises:
+        UserError: the text is neither, or its numbers make no pattern.
+    """
+    return shrinking.read(text) or parse_mask(text, scope)
+
+
+def parse_mask(text: str, scope: str | None = None) -> Unstructured | NM | Existing:
     """Read ``50%``, ``n:m`` (n kept of m) or ``as-is``.
 
     Raises:

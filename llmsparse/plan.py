@@ -15,9 +15,11 @@ from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import available_memory, forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
+from llmsparse.narrowing import outlined
 from llmsparse.pattern import Existing, Pattern, describe, parse
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.reconstruct import Reconstruction
+from llmsparse.shrinking import Shrink, refuse_apart, split
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Gram
 
@@ -38,6 +40,9 @@ class Job:
     tables: dict[str, Grid] = field(
         default_factory=dict
     )  # disk name of an embedding or output table -> its grid
+    shrinks: tuple[
+        Shrink, ...
+    ] = ()  # what is to make the model smaller first; the checkpoint is an outline of that
 
     @property
     def weights(self) -> list[Weight]:
@@ -84,9 +89,9 @@ class Job:
         return {name: (shape, self.tables.get(name) or self.grid) for name, shape in shapes.items()}  # type: ignore[misc]
 
     def calibrate(self) -> Calibration | None:
-        """The calibration windows; None for a data-free solver."""
+        """The calibration windows; None for a data-free solver, or where no weight is pruned."""
         recipe = self.recipe
-        if self.solver.statistics is None:
+        if self.solver.statistics is None or not self.patterns:
             return None
         assert recipe.samples and recipe.sequence_length
         return calibrate(
@@ -126,23 +131,31 @@ class Job:
         return max(1, available_memory(self.device) // 2 // self.pass_bytes(batch_size))
 
 
-def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Job:
+def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, smaller: bool = False) -> Job:
     """Resolve and check a run; refuses exactly what ``prune`` refuses before it reads a weight.
 
-    With ``headers_only`` a hub model's weight files are not downloaded.
+    With ``headers_only`` a hub model's weight files are not downloaded. ``smaller``: what the recipe asks for to make the
+    model itself smaller was done already.
     """
     solver = _solver(recipe)
-    rules = [_rule(text, recipe.scope) for text in recipe.pattern]
+    shrinks, rules = split([_rule(text, recipe.scope) for text in recipe.pattern], recipe)
+    if shrinks and not rules:
+        if recipe.values is None:
+            refuse_apart(recipe, shrinks)
+        else:
+            rules = [(None, Existing())]  # rounded as it is
     device = pick_device(recipe.device)
     checkpoint = Checkpoint.open(model, recipe.revision, recipe.token, recipe.cache_dir, headers_only)
     config = checkpoint.config(recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{model} is quantised; prune the unquantised checkpoint")
+    for shrink in () if smaller else shrinks:
+        checkpoint = outlined(checkpoint, shrink, recipe.trust_remote_code)
     dtype = forward_dtype(recipe.dtype, checkpoint.stored_dtype, device)
     skeleton = Skeleton(checkpoint, dtype, recipe.trust_remote_code)
     if not skeleton.blocks:
         raise UserError(f"{model} has no decoder blocks")
-    patterns = assign(skeleton, rules, recipe)
+    patterns = assign(skeleton, rules, recipe) if rules or not shrinks else {}
     for weight in skeleton.weights:
         stored = checkpoint.dtype(weight.source)
         if weight.name in patterns and (not stored.is_floating_point or stored.itemsize < 2):
@@ -150,10 +163,11 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
             raise UserError(f"{weight.source} is stored as {name}; prune the unquantised checkpoint")
     values: Any = recipe.values
     grid = Grid.parse(values) if isinstance(values, str) else values
-    if grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
+    if patterns and grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
     recipe = with_defaults(recipe, config)
     job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, grid, _reconstruction(recipe))
+    job.shrinks = () if smaller else shrinks
     if solver.statistics is None and (job.reconstruction or recipe.targets != "pruned"):
         raise UserError(
             f"solver {recipe.solver} uses no calibration data, which --reconstruct and --targets dense need; take another"
@@ -214,7 +228,7 @@ def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     return replace(recipe, samples=samples, sequence_length=length)
 
 
-def _rule(text: Any, scope: str | None) -> tuple[re.Pattern[str] | None, Pattern]:
+def _rule(text: Any, scope: str | None) -> tuple[re.Pattern[str] | None, Pattern | Shrink]:
     if not isinstance(text, str):
         return None, text  # a pattern object
     expression, equals, pattern = text.rpartition("=")
@@ -326,7 +340,8 @@ def _memory(job: Job) -> dict[str, int]:
         blocks[w.block or 0] += w.out_features * w.in_features
     inside = sum(w.out_features * w.in_features * job.checkpoint.dtype(w.source).itemsize for w in weights)
     outside = sum(job.checkpoint.bytes(n) for n in job.checkpoint.names()) - inside
-    solve = 4 * max(4 * w.out_features * w.in_features + 5 * w.in_features**2 for w in job.weights)
+    largest = job.weights or weights  # what makes a model smaller solves some of all of them
+    solve = 4 * max(4 * w.out_features * w.in_features + 5 * w.in_features**2 for w in largest)
     waiting = hidden = 0
     if job.solver.statistics is not None:
         batch = min(job.batch_size(), recipe.samples)

@@ -16,6 +16,7 @@ from llmsparse.push import may_push
 from llmsparse.push import push as publish
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.report import Phases, versions
+from llmsparse.shrink import shrink
 from llmsparse.solving import solve_block
 from llmsparse.stream import BlockStream
 from llmsparse.work import Work
@@ -41,6 +42,9 @@ def prune(
     if push is not None:
         may_push(push, job.recipe.token)
     processes = Processes(job.recipe.device)
+    Writer(job.checkpoint, out, overwrite).refuse_interrupted(resume)
+    staged = shrink(job, out, processes, resume, progress)
+    job = staged.job
     job.device = processes.device(job.device)
     phases = Phases(job.device, progress.now)
     writer = Writer(job.checkpoint, out, overwrite, job.quantised())
@@ -52,8 +56,9 @@ def prune(
     progress.start("pruning", len(job.skeleton.blocks))
     work.begin(text, resume)
     records = _without_data(work) if text is None else _with_data(work, text)
-    report = _report(work, str(model), text, records)
+    report = staged.complete(_report(work, str(model), text, records))
     work.finish(report)
+    staged.clean()
     if push is not None and processes.is_main:
         report["push"] = _published(out, push, job.recipe.token, progress)
     return report

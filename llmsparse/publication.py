@@ -62,7 +62,7 @@ def collect(folder: str | Path) -> Publication:
 def _refuse_unfinished(place: Path) -> None:
     work = place.absolute().with_name(f".{place.name}.llmsparse-work")  # it grows there until it is whole
     begun = (place / JOURNAL).exists() or (work.exists() and not place.exists())
-    if begun or re.fullmatch(r"\..*\.llmsparse-(work|new|spool)", place.resolve().name):
+    if begun or re.fullmatch(r"\..*\.llmsparse-(work|new|spool|width|depth)", place.resolve().name):
         raise UserError(
             f"{place} belongs to a run that was cut off; finish it with the same command and --resume, then push"
         )

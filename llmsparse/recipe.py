@@ -13,7 +13,7 @@ from llmsparse.recipe_file import read
 OFFLOADS = ("cpu", "disk", "none")
 TARGETS = ("pruned", "dense")
 ORDERS = ("sequential", "together")
-OWN = ("reconstruct",)  # whose options --set takes as NAME.KEY, beside the solver's
+OWN = ("reconstruct", "width", "depth")  # whose options --set takes as NAME.KEY, beside the solver's
 
 
 def _option(default: Any, text: str) -> Any:
@@ -29,7 +29,8 @@ class Recipe:
     )
     pattern: tuple[Any, ...] = _option(
         ("50%",),
-        "50%, or n:m with n KEPT of m, or as-is; REGEX=PATTERN for some weights (repeatable)",
+        "50%, or n:m with n KEPT of m, or as-is; REGEX=PATTERN for some weights; width:25% or depth:2 first makes the "
+        "model itself smaller (repeatable)",
     )
     scope: str | None = _option(None, "where 50% is counted: row or layer (default: the solver's own)")
     calibration: str = _option(
@@ -110,7 +111,7 @@ class Recipe:
         return {**values, "solver": str(self.solver), "values": self.values and str(self.values)}
 
     def options_for(self, owner: str) -> dict[str, Any]:
-        """The ``--set`` pairs of one owner, numbers as numbers: ``reconstruct``, or ``solver`` with all the others."""
+        """The ``--set`` pairs of one owner, numbers as numbers: one of ``OWN``, or ``solver`` with all the others."""
         import yaml
 
         pairs = {}

@@ -12,6 +12,7 @@ from rich.text import Text
 from llmsparse.export_report import show_check
 from llmsparse.figures import byte_size, duration, plain
 from llmsparse.runs import sparsity
+from llmsparse.shrinking import summary
 
 Row = dict[str, Any]
 
@@ -19,8 +20,10 @@ Row = dict[str, Any]
 def prune(report: Row) -> RenderableType:
     """A line for each kind of weight, then coverage, cost, place, and what to do next."""
     seconds, peak = report["seconds"], report["peak_memory"]
+    zeros = f"{_coverage(report['coverage'])}; {sparsity(report['weights']) or 0:.2%} of them are zero"
     lines = [
-        f"{_coverage(report['coverage'])}; {sparsity(report['weights']) or 0:.2%} of them are zero",
+        *map(summary, report.get("smaller", ())),
+        *([zeros] if report["weights"] else []),
         *_rounding(report),
         f"{duration(sum(seconds.values()))} ({', '.join(f'{k} {duration(v)}' for k, v in seconds.items())}), "
         f"peak memory {byte_size(max(peak.values(), default=0))}",
@@ -29,7 +32,8 @@ def prune(report: Row) -> RenderableType:
         *([_pushed(report["push"])] if "push" in report else []),
         f"next: {shlex.join(['llmsparse', 'eval', report['out'], '--against', report['model']])}",
     ]
-    return Group(_kinds(report["weights"], measured=True), *map(Text, lines))
+    tables = [_kinds(report["weights"], measured=True)] if report["weights"] else []
+    return Group(*tables, *map(Text, lines))
 
 
 def _pushed(result: Row) -> str:

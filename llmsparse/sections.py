@@ -11,6 +11,7 @@ from llmsparse.figures import byte_size, duration, percent, plain, with_error
 from llmsparse.measures import Key, Measure, change, labels, measures, same_data, source_name, with_dense
 from llmsparse.plots import Look, looks
 from llmsparse.runs import Run
+from llmsparse.shrinking import summary
 
 Row = dict[str, Any]
 
@@ -302,6 +303,7 @@ def _facts(run: Run) -> Iterator[Facts]:
 def _pruning(report: Row) -> list[tuple[str, str]]:
     calibration = report.get("calibration") or {}
     rows = [("model", str(report.get("model")))]
+    rows += [("made smaller", summary(section)) for section in report.get("smaller") or ()]
     rows += [(f"sha256 of {name}", str(value)) for name, value in (report.get("source_files") or {}).items()]
     if calibration:
         size = f"{calibration.get('samples')} windows of {calibration.get('sequence_length')} tokens"

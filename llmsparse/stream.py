@@ -80,7 +80,7 @@ class BlockStream:
     def calls(self, size: int) -> list[Call]:
         """Every block's other arguments for a batch of ``size`` windows."""
         if size not in self._calls:
-            with self._outside(self.skeleton.model.base_model):
+            with self.outside(self.skeleton.model.base_model):
                 self._calls[size] = self._record(self.windows[:size])[1]
         return self._calls[size]
 
@@ -107,7 +107,7 @@ class BlockStream:
         self.skeleton.release(name)
 
     @contextmanager
-    def _outside(self, root: nn.Module) -> Iterator[None]:
+    def outside(self, root: nn.Module) -> Iterator[None]:
         """Everything of ``root`` but the blocks in memory."""
         self.skeleton.materialize_outside(root, self.dtype, self.device)
         try:
@@ -119,7 +119,7 @@ class BlockStream:
 
     @torch.no_grad()
     def _rehearse(self) -> None:
-        with self._outside(self.skeleton.model.base_model):
+        with self.outside(self.skeleton.model.base_model):
             for index, window in enumerate(self.windows):
                 first, calls = self._record(window[None])
                 self.hidden.write(range(index, index + 1), first)
@@ -156,12 +156,12 @@ class BlockStream:
     ) -> None:
         """The same for weights after the last block (``lm_head``), on the last block's outputs."""
         model = self.skeleton.model
-        with self._outside(model):
+        with self.outside(model):
             model.tie_weights()
             settling = Settling(weights, self.skeleton.views(weights), kinds, self.device, processes)
             stood = []
             for index in range(len(self.windows)):
-                walk = Walk(partial(self._finish, index), settling.gate)
+                walk = Walk(partial(self.logits, index), settling.gate)
                 walk.advance()
                 if walk.waiting:
                     stood.append(walk.waiting)
@@ -170,12 +170,16 @@ class BlockStream:
             while (name := settling.next(stood)) is not None:
                 settling.solve(name, solve)
 
-    def _finish(self, index: int) -> None:
-        """The model's own forward with the last block's output in place of its blocks."""
-        final = self.hidden.read(range(index, index + 1))
+    def logits(self, index: int, states: HiddenStates | None = None) -> Tensor:
+        """What the model makes of one window (1, length, vocabulary), with ``states`` as what its last block puts out.
+
+        Of the stream's hidden states unless others are given; all but the blocks must be in memory, see ``outside``.
+        """
+        final = (self.hidden if states is None else states).read(range(index, index + 1))
         recorders = [_Recorder(self.as_tuple, final) for _ in self.skeleton.blocks]
         with _replaced(self.skeleton.blocks, recorders):
-            self.skeleton.model(input_ids=self.windows[index : index + 1].to(self.device), use_cache=False)
+            ids = self.windows[index : index + 1].to(self.device)
+            return self.skeleton.model(input_ids=ids, use_cache=False).logits
 
 
 def _from_source(index: int) -> None:

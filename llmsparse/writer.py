@@ -86,10 +86,7 @@ class Writer:
             entries = self._entries()
             if entries and resume:
                 self._resume(entries, fingerprint)
-            elif entries and not self.overwrite:
-                raise UserError(
-                    f"an interrupted run for {self.out} is here; continue it with --resume, or discard it with --overwrite"
-                )
+            self.refuse_interrupted(resume)
             fresh = not (entries and resume)
             if fresh:
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -102,6 +99,13 @@ class Writer:
                 self._prepare(gridfile.NAME, self.codes, {"format": "pt", **described}, fresh)
             if fresh:
                 self._append({"fingerprint": fingerprint})
+
+    def refuse_interrupted(self, resume: bool) -> None:
+        """Raise UserError where an interrupted run is neither to be continued nor to be discarded."""
+        if self._entries() and not resume and not self.overwrite:
+            raise UserError(
+                f"an interrupted run for {self.out} is here; continue it with --resume, or discard it with --overwrite"
+            )
 
     def _entries(self) -> list[dict[str, Any]]:
         """The journal's whole lines; a killed run may leave half of one."""
