@@ -253,6 +253,7 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path: Path, family: str) 
     assert found["mean_apart"] < 0.01 and found["same_likeliest"] > 0.95
 
 
+@pytest.mark.long
 def test_llama_cpp_computes_smollm2_as_transformers_does(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

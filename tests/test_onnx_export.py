@@ -327,6 +327,7 @@ def test_a_folder_that_the_runtime_cannot_load_is_one_line(model) -> None:
         onnx_genai.run(out, {"ids": [IDS], "first": [0], "prompt": IDS, "count": 4})
 
 
+@pytest.mark.long
 def test_smollm2_in_int8_is_worth_what_it_was(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from llmsparse.prune import prune
 from tests.pruned import ONE_THREAD, read_report, tensors
@@ -20,14 +21,17 @@ def launch(*arguments):
     )
 
 
-@pytest.mark.parametrize(("family", "solver"), [("qwen3_moe", "sparsegpt"), ("llama", "wanda")])
-def test_two_processes_give_the_single_processs_masks(family, solver, tmp_path, text):
+@pytest.mark.parametrize(
+    ("family", "solver", "targets"), [("qwen3_moe", "sparsegpt", "pruned"), ("llama", "refit:wanda", "dense")]
+)
+def test_two_processes_give_the_single_processs_masks(family, solver, targets, tmp_path, text):
     source = save_tiny(family, tmp_path / "source")
     options = {
         "calibration": text,
         "samples": 5,
         "sequence_length": 32,
         "solver": solver,
+        "targets": targets,
         "include": ["lm_head"],
     }
     prune(source, tmp_path / "one", **options)
@@ -42,6 +46,23 @@ def test_two_processes_give_the_single_processs_masks(family, solver, tmp_path, 
         {w["name"]: w["tokens"] for w in read_report(tmp_path / f)["weights"]} for f in ("one", "two")
     )
     assert first == second
+
+
+def test_two_processes_train_the_same_block(tmp_path, text):
+    """Masks are chosen before the training; of the first block they are those of a single process."""
+    source, options = save_tiny("llama", tmp_path / "source"), {"calibration": text, "sequence_length": 32}
+    alone = prune(source, tmp_path / "one", samples=12, **options)
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    done = launch(source, tmp_path / "two", *given, "--samples=12", "--reconstruct=2", "--json")
+    assert done.returncode == 0, done.stderr
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for record in json.loads(done.stdout)["weights"]:
+        assert record["block_error"]["after"] < record["block_error"]["before"]
+        if ".layers.0." in record["name"]:
+            zeros = [(weights[record["name"]] == 0) for weights in (one, two)]
+            assert (zeros[0] == zeros[1]).double().mean() > 0.999
+            assert not torch.equal(one[record["name"]], two[record["name"]])
+    assert len(alone["weights"]) == 21
 
 
 def test_an_error_in_two_processes_is_told_once_and_ends_both(tmp_path, text):

@@ -43,7 +43,9 @@ def golds(source: TaskSource) -> list[int]:
     return [gold if isinstance(gold, int) else choices.index(gold) for choices, gold in right]
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n == "arc_easy" else ()) for n in ORIGINALS]
+)
 def test_prompts_choices_and_right_answers_are_the_harness_s(name, data_folder, monkeypatch):
     file, split = ORIGINALS[name]
     lines = (data_folder / "zeroshot" / "original" / file).read_text().splitlines()
