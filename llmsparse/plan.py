@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmsparse import chain
+from llmsparse.allocation import Allocator, allocator_of
 from llmsparse.calibration import Calibration, calibrate
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import available_memory, forward_dtype, pick_device
@@ -30,9 +31,10 @@ class Job:
     checkpoint: Checkpoint
     skeleton: Skeleton
     solver: Any
-    patterns: dict[str, Pattern]  # weight name -> pattern
+    patterns: dict[str, Pattern]  # weight name -> pattern, uniform until the allocator has divided the budget
     dtype: torch.dtype
     device: torch.device
+    allocator: Allocator
     grid: Grid | None = None  # of the weights
     reconstruction: Reconstruction | None = None
     tables: dict[str, Grid] = field(
@@ -84,9 +86,9 @@ class Job:
         return {name: (shape, self.tables.get(name) or self.grid) for name, shape in shapes.items()}  # type: ignore[misc]
 
     def calibrate(self) -> Calibration | None:
-        """The calibration windows; None for a data-free solver."""
+        """The calibration windows; None for a data-free solver, unless the allocator wants them."""
         recipe = self.recipe
-        if self.solver.statistics is None:
+        if self.solver.statistics is None and not self.allocator.windows:
             return None
         assert recipe.samples and recipe.sequence_length
         return calibrate(
@@ -153,7 +155,9 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
     if grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
     recipe = with_defaults(recipe, config)
-    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, grid, _reconstruction(recipe))
+    allocator = allocator_of(recipe.allocate, recipe.options_for("allocate"), recipe.budget, patterns)
+    trained = _reconstruction(recipe)
+    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, allocator, grid, trained)
     if solver.statistics is None and (job.reconstruction or recipe.targets != "pruned"):
         raise UserError(
             f"solver {recipe.solver} uses no calibration data, which --reconstruct and --targets dense need; take another"
