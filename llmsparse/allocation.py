@@ -1,7 +1,8 @@
 """One sparsity budget and the weights that it is divided among: what an allocator is given and gives back.
 
 An allocator is a frozen dataclass in ``llmsparse/allocators``; its fields are its options (``--set allocate.KEY=VALUE``).
-``windows`` is how many calibration windows it looks at, 0 for none. It is called with the dense model on the calibration
+``windows`` is how many calibration windows it looks at, 0 for none, and ``models``, if there, how often the whole model
+is in memory. It is called with the dense model on the calibration
 text (``llmsparse.dense_model``), a ``Target`` and a ``Memory``, and returns a pattern for each weight of the target.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from llmsparse import plugins
 from llmsparse.costs import Costs
-from llmsparse.divide import Curve, divide, exactly
+from llmsparse.divide import Curve, divide, exactly, optimal
 from llmsparse.errors import UserError
 from llmsparse.pattern import NM, Pattern, Unstructured
 from llmsparse.skeleton import Weight
@@ -144,18 +145,22 @@ class Target:
         chosen: dict[str, Choice] = {}
         for pattern, names in self.groups.items():
             self._check(pattern, [levels[name] for name in names])
-            curves = [Curve(levels[name].cost, damage[name]) for name in names]
-            found, rest = divide(curves, self.asked(pattern)), 0
-            if self.costs.whole:
-                rest = int(self.asked(pattern)) - sum(
-                    int(c.cost[i]) for c, i in zip(curves, found, strict=True)
-                )
-                found, rest = exactly(curves, found, rest)
+            found, rest = self._divided(pattern, [Curve(levels[name].cost, damage[name]) for name in names])
             for name, level in zip(names, found, strict=True):
                 fewer = min(rest, level * levels[name].unit) if _takes_any(pattern) else 0
                 chosen[name] = Choice(int(levels[name].parts[level]), fewer)
                 rest -= fewer
         return {name: chosen[name] for name in self.patterns}
+
+    def _divided(self, pattern: Divided, curves: list[Curve]) -> tuple[list[int], int]:
+        """A level for each curve, and how many parameters less than was asked they keep."""
+        asked = self.asked(pattern)
+        if not self.costs.whole:
+            return divide(curves, asked), 0
+        found = optimal(curves, int(asked)) if isinstance(pattern, NM) else None
+        found = divide(curves, asked) if found is None else found
+        rest = int(asked) - sum(int(c.cost[i]) for c, i in zip(curves, found, strict=True))
+        return exactly(curves, found, rest)
 
     def _check(self, pattern: Divided, levels: list[Levels]) -> None:
         """Refuse a budget that whole levels cannot meet: a percent of few inputs."""

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 
 ROUNDS = 100  # of the bisection: to the last bit of a float
 STATES = 1_000_000  # totals that the search for an exact one looks at
+OPERATIONS = 200_000_000  # of the division that tries all totals
 
 
 class Curve(NamedTuple):
@@ -85,30 +86,64 @@ def _worth(curve: Curve, level: int) -> float:
     return float(saved / step) if step > 0 else math.inf
 
 
+def optimal(curves: Sequence[Curve], budget: int) -> list[int] | None:
+    """The levels of least damage that cost exactly ``budget``, or the most below it that any levels cost.
+
+    Costs are whole numbers. By dynamic programming over all totals; None where those are too many.
+    """
+    extra = [np.asarray(curve.cost - curve.cost[-1]) for curve in curves]  # beyond the sparsest level
+    unit = math.gcd(*(int(cost) for each in extra for cost in each)) or 1
+    room = (budget - sum(int(curve.cost[-1]) for curve in curves)) // unit
+    if room * sum(len(each) for each in extra) > OPERATIONS or max(map(len, extra), default=0) > 256:
+        return None
+    least = np.full(room + 1, math.inf)  # by what is spent
+    least[0], chosen = 0.0, []
+    for curve, each in zip(curves, extra, strict=True):
+        before, least = least, np.full(room + 1, math.inf)
+        taken = np.zeros(room + 1, dtype=np.uint8)
+        for level, spent in enumerate(each // unit):
+            if spent <= room:
+                found = before[: room + 1 - spent] + curve.damage[level]
+                better = found < least[spent:]
+                least[spent:][better], taken[spent:][better] = found[better], level
+        chosen.append(taken)
+    place, levels = int(np.flatnonzero(least < math.inf)[-1]), list[int]()
+    for taken, each in zip(reversed(chosen), reversed(extra), strict=True):
+        levels.append(int(taken[place]))
+        place -= int(each[levels[-1]]) // unit
+    return levels[::-1]
+
+
 def exactly(curves: Sequence[Curve], levels: Sequence[int], rest: int) -> tuple[list[int], int]:
     """Levels that cost ``rest`` more, by as few steps as do it, and what of it remains where none do.
 
     Costs are whole numbers, and every step of one curve costs the same.
     """
     units = [int(curve.cost[0] - curve.cost[1]) if len(curve.cost) > 1 else 0 for curve in curves]
-    reached = _fewest(sorted({unit for unit in units if unit}), rest)
-    for wanted in sorted((total for total in reached if 0 < total <= rest), reverse=True):
-        found = _taken(curves, list(levels), units, _moves(reached, wanted))
-        if found is not None:
-            return found, rest - wanted
-    return list(levels), rest
+    room = Counter[int]()  # signed unit -> steps that can be taken
+    for curve, level, unit in zip(curves, levels, units, strict=True):
+        room[unit] += level
+        room[-unit] += len(curve.cost) - 1 - level
+    reached = _fewest({step: count for step, count in room.items() if step and count}, rest)
+    wanted = max(total for total in reached if total <= rest and total >= 0)
+    found = list(levels)
+    for move in sorted(_moves(reached, wanted)):
+        _take(curves, found, units, move)
+    return found, rest - wanted
 
 
-def _fewest(units: list[int], rest: int) -> dict[int, int]:
-    """Total -> the last of the fewest steps (signed units) that lead there, of totals around 0 and ``rest``."""
-    room = 2 * max(units, default=0)
+def _fewest(room: dict[int, int], rest: int) -> dict[int, int]:
+    """Total -> the last of the fewest steps that lead there, of totals around 0 and ``rest``."""
+    beyond = 2 * max(room, default=0, key=abs)
     reached, queue = {0: 0}, deque([0])
     while queue and len(reached) < STATES and rest not in reached:
         total = queue.popleft()
-        for step in (*units, *(-unit for unit in units)):
-            if -room <= total + step <= rest + room and total + step not in reached:
-                reached[total + step] = step
-                queue.append(total + step)
+        taken = Counter(_moves(reached, total))
+        for step, most in room.items():
+            if taken[step] < most and -abs(beyond) <= total + step <= rest + abs(beyond):
+                if total + step not in reached:
+                    queue.append(total + step)
+                reached.setdefault(total + step, step)
     return reached
 
 
@@ -120,19 +155,13 @@ def _moves(reached: dict[int, int], total: int) -> list[int]:
     return moves
 
 
-def _taken(
-    curves: Sequence[Curve], levels: list[int], units: list[int], moves: list[int]
-) -> list[int] | None:
-    """``levels`` after ``moves``, each by the weight of that unit that it harms least; None where none has room."""
-    for move in sorted(moves):
-        towards = -1 if move > 0 else 1
-        free = [
-            i
-            for i, unit in enumerate(units)
-            if unit == abs(move) and 0 <= levels[i] + towards < len(curves[i].cost)
-        ]
-        if not free:
-            return None
-        best = min(free, key=lambda i: curves[i].damage[levels[i] + towards] - curves[i].damage[levels[i]])
-        levels[best] += towards
-    return levels
+def _take(curves: Sequence[Curve], levels: list[int], units: list[int], move: int) -> None:
+    """One step of ``move``, by the weight of that unit that it harms least."""
+    towards = -1 if move > 0 else 1
+    free = [
+        i
+        for i, (curve, unit) in enumerate(zip(curves, units, strict=True))
+        if unit == abs(move) and 0 <= levels[i] + towards < len(curve.cost)
+    ]
+    best = min(free, key=lambda i: curves[i].damage[levels[i] + towards] - curves[i].damage[levels[i]])
+    levels[best] += towards

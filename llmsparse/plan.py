@@ -313,7 +313,14 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         "write_bytes": size + sum(o * i + 2 * o * g.groups(i) for (o, i), g in job.quantised().values()),
         **_memory(job),
         "seconds_estimate": _seconds(job),
-        "warnings": [f"{name} is left as it is: no linear weight" for name in job.skeleton.unrecognised],
+        "warnings": [
+            *(
+                []
+                if r.allocate == "uniform"
+                else [f"patterns are what was asked for; {r.allocate} will divide them"]
+            ),
+            *(f"{name} is left as it is: no linear weight" for name in job.skeleton.unrecognised),
+        ],
     }
 
 
@@ -342,6 +349,7 @@ def _memory(job: Job) -> dict[str, int]:
             * itemsize
         )
     work = max(max(blocks.values()) * itemsize + solve + waiting, outside)
+    work = max(work, getattr(job.allocator, "models", 0) * job.coverage()["all_parameters"] * itemsize)
     here = {"cpu": "host", "none": "device", "disk": "disk"}[recipe.offload]
     if job.device.type == "cpu":
         return {"peak_host_bytes": work + (hidden if here != "disk" else 0), "peak_device_bytes": 0}

@@ -3,7 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +40,7 @@ class Search:
     bound: float = 0.1
     damping: float = 0.01
     windows: int = 16
+    models: ClassVar[int] = 2  # that are in memory at once, for `plan`
 
     def __post_init__(self) -> None:
         names = ("generations", "offspring", "fitness", "step", "bound", "damping", "windows")
