@@ -195,8 +195,8 @@ def _takes_any(pattern: Divided) -> bool:
 def _range(pattern: Divided, of: int, bound: float) -> tuple[int, int]:
     """The least and the most parts that may be pruned."""
     if isinstance(pattern, NM):
-        middle, room = of - pattern.n, max(1, math.floor(bound * of + EPSILON))
-        return max(1, middle - room), min(of - 1, middle + room)
+        steps = max(1, math.floor(bound * of + EPSILON))
+        return max(1, of - pattern.n - steps), min(of - 1, of - pattern.n + steps)
     middle, room = pattern.sparsity * of, bound * of
     low = min(math.ceil(middle - room - EPSILON), math.floor(middle + EPSILON))
     high = max(math.floor(middle + room + EPSILON), math.ceil(middle - EPSILON))

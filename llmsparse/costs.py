@@ -1,11 +1,12 @@
 """What a weight costs at each sparsity: parameters, packed bytes, or the time of its packed product here."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmsparse.errors import UserError
 from llmsparse.formats import nm
@@ -102,7 +103,7 @@ def measured(weights: Iterable[Weight], values: dict[str, Values]) -> Times:
     return {key: [float(second) for second in seconds] for key, seconds in times.items()}
 
 
-def _fastest(products: list, x: torch.Tensor) -> list[float]:  # type: ignore[type-arg]
+def _fastest(products: list[Callable[[Tensor], Tensor]], x: Tensor) -> list[float]:
     """The least seconds of each product, all in turn."""
     best = [float("inf")] * len(products)
     for _ in range(ROUNDS):

@@ -20,10 +20,13 @@ def launch(*arguments):
     )
 
 
-@pytest.mark.parametrize(("family", "solver"), [("qwen3_moe", "sparsegpt"), ("llama", "wanda")])
-def test_two_processes_give_the_single_processs_masks(family, solver, tmp_path, text):
+@pytest.mark.parametrize(
+    ("family", "solver", "allocate"), [("qwen3_moe", "sparsegpt", "uniform"), ("llama", "wanda", "error")]
+)
+def test_two_processes_give_the_single_processs_masks(family, solver, allocate, tmp_path, text):
     source = save_tiny(family, tmp_path / "source")
     options = {
+        "allocate": allocate,
         "calibration": text,
         "samples": 5,
         "sequence_length": 32,
@@ -39,7 +42,8 @@ def test_two_processes_give_the_single_processs_masks(family, solver, tmp_path, 
     equal = sum(int(((one[k] == 0) == (two[k] == 0)).sum()) for k in one)
     assert equal >= 0.999 * sum(v.numel() for v in one.values())
     first, second = (
-        {w["name"]: w["tokens"] for w in read_report(tmp_path / f)["weights"]} for f in ("one", "two")
+        {w["name"]: (w["pattern"], w["tokens"]) for w in read_report(tmp_path / f)["weights"]}
+        for f in ("one", "two")
     )
     assert first == second
 
