@@ -50,10 +50,7 @@ def bench(
         UserError: the model has no zeros and no pattern is given, is packed, or the native kernels are not built.
     """
     progress = progress or Quiet()
-    kernels = library.used()
-    if kernels is None:
-        reasons = "; ".join(f"{name}: {why}" for name, why in library.available().items())
-        raise UserError(f"no native kernel runs here, there is nothing to time ({reasons})")
+    kernels = used()
     kinds = [Values.parse(text.strip()) for text in values.split(",")]
     if slow := [kind.name for kind in kinds if kind.name in ("fp16", "fp32")]:
         raise UserError(f"--values {slow[0]} has no product of its own; use bf16, int8 or int4:32")
@@ -81,6 +78,15 @@ def bench(
         "rows": rows,
         "totals": totals(rows),
     }
+
+
+def used() -> str:
+    """The native kernels that run here. Raises UserError where there are none."""
+    kernels = library.used()
+    if kernels is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in library.available().items())
+        raise UserError(f"no native kernel runs here, there is nothing to time ({reasons})")
+    return kernels
 
 
 def _count(option: str, text: str) -> int:
@@ -132,6 +138,12 @@ def products(weight: Tensor, kinds: list[Values]) -> dict[str, Product]:
         ):
             products[f"{name} {kind.name}"] = _multiply(matrix)
     return products
+
+
+def packed(weight: Tensor, kind: Values) -> Product:
+    """The packed form of ``weight`` (out, in), bf16, alone."""
+    numbers, scales = _numbers(weight, kind)
+    return _multiply(_packed(numbers, kind, scales))
 
 
 def _multiply(matrix: library.Matrix) -> Product:

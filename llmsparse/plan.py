@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from llmsparse import chain
+from llmsparse.allocation import Allocator, allocator_of
 from llmsparse.calibration import Calibration, calibrate
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import available_memory, forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.narrowing import outlined
-from llmsparse.pattern import Existing, Pattern, describe, parse
+from llmsparse.pattern import Existing, Pattern, describe
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.reconstruct import Reconstruction
+from llmsparse.rules import assign, rule
 from llmsparse.shrinking import Shrink, refuse_apart, split
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Gram
@@ -32,9 +34,10 @@ class Job:
     checkpoint: Checkpoint
     skeleton: Skeleton
     solver: Any
-    patterns: dict[str, Pattern]  # weight name -> pattern
+    patterns: dict[str, Pattern]  # weight name -> pattern, uniform until the allocator has divided the budget
     dtype: torch.dtype
     device: torch.device
+    allocator: Allocator
     grid: Grid | None = None  # of the weights
     reconstruction: Reconstruction | None = None
     tables: dict[str, Grid] = field(
@@ -89,9 +92,9 @@ class Job:
         return {name: (shape, self.tables.get(name) or self.grid) for name, shape in shapes.items()}  # type: ignore[misc]
 
     def calibrate(self) -> Calibration | None:
-        """The calibration windows; None for a data-free solver, or where no weight is pruned."""
+        """The calibration windows; None where no weight is pruned, or by a data-free solver whose allocator wants none."""
         recipe = self.recipe
-        if self.solver.statistics is None or not self.patterns:
+        if not self.patterns or (self.solver.statistics is None and not self.allocator.windows):
             return None
         assert recipe.samples and recipe.sequence_length
         return calibrate(
@@ -138,7 +141,7 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
     model itself smaller was done already.
     """
     solver = _solver(recipe)
-    shrinks, rules = split([_rule(text, recipe.scope) for text in recipe.pattern], recipe)
+    shrinks, rules = split([rule(text, recipe.scope) for text in recipe.pattern], recipe)
     if shrinks and not rules:
         if recipe.values is None:
             refuse_apart(recipe, shrinks)
@@ -166,7 +169,9 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
     if patterns and grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
     recipe = with_defaults(recipe, config)
-    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, grid, _reconstruction(recipe))
+    allocator = allocator_of(recipe.allocate, recipe.options_for("allocate"), recipe.budget, patterns)
+    trained = _reconstruction(recipe)
+    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, allocator, grid, trained)
     job.shrinks = () if smaller else shrinks
     if solver.statistics is None and (job.reconstruction or recipe.targets != "pruned"):
         raise UserError(
@@ -228,63 +233,6 @@ def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     return replace(recipe, samples=samples, sequence_length=length)
 
 
-def _rule(text: Any, scope: str | None) -> tuple[re.Pattern[str] | None, Pattern | Shrink]:
-    if not isinstance(text, str):
-        return None, text  # a pattern object
-    expression, equals, pattern = text.rpartition("=")
-    if not equals:
-        return None, parse(text, scope)
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise UserError(f"--pattern {text}: {expression!r} is not a regular expression: {error}") from error
-    return compiled, parse(pattern, scope if pattern.rstrip().endswith("%") else None)
-
-
-def assign(skeleton: Skeleton, rules: list, recipe: Recipe) -> dict[str, Pattern]:
-    """Weight name -> pattern: the last matching REGEX=PATTERN, else the last plain pattern."""
-    default = [pattern for expression, pattern in rules if expression is None]
-    patterns: dict[str, Pattern] = {}
-    for option in ("skip", "include"):
-        for expression in getattr(recipe, option):
-            if not any(_matches([expression], w) for w in skeleton.weights):
-                names = ", ".join(w.name for w in skeleton.weights[:2])
-                raise UserError(
-                    f"--{option} {expression!r} matches no linear weight; their names look like {names}"
-                )
-    used = set()
-    for weight in skeleton.weights:
-        if _matches(recipe.skip, weight) or (weight.block is None and not _matches(recipe.include, weight)):
-            continue
-        special = [
-            i for i, (expression, _) in enumerate(rules) if expression and _matches([expression], weight)
-        ]
-        used.update(special)
-        if special or default:
-            patterns[weight.name] = rules[special[-1]][1] if special else default[-1]
-            _check_width(weight, patterns[weight.name])
-    for index, (expression, pattern) in enumerate(rules):
-        if expression is not None and index not in used:
-            raise UserError(
-                f"--pattern {expression.pattern}={pattern} matches no weight that is to be pruned"
-            )
-    if not patterns:
-        raise UserError("nothing is left to prune; loosen --skip, or give a plain --pattern such as 50%")
-    return patterns
-
-
-def _matches(expressions: Any, weight: Weight) -> bool:
-    return any(re.search(e, weight.name) or re.search(e, weight.parameter) for e in expressions)
-
-
-def _check_width(weight: Weight, pattern: Pattern) -> None:
-    if pattern.width and weight.in_features % pattern.width:
-        raise UserError(
-            f"pattern {pattern} needs in_features divisible by {pattern.width}; {weight.name} has "
-            f"{weight.in_features}; exclude it with --skip"
-        )
-
-
 def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, Any]:
     """What ``prune`` would do with the same options: weights, patterns, coverage, bytes, memory and time.
 
@@ -323,7 +271,14 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         "write_bytes": size + sum(o * i + 2 * o * g.groups(i) for (o, i), g in job.quantised().values()),
         **_memory(job),
         "seconds_estimate": _seconds(job),
-        "warnings": [f"{name} is left as it is: no linear weight" for name in job.skeleton.unrecognised],
+        "warnings": [
+            *(
+                []
+                if r.allocate == "uniform"
+                else [f"patterns are what was asked for; {r.allocate} will divide them"]
+            ),
+            *(f"{name} is left as it is: no linear weight" for name in job.skeleton.unrecognised),
+        ],
     }
 
 
@@ -353,6 +308,7 @@ def _memory(job: Job) -> dict[str, int]:
             * itemsize
         )
     work = max(max(blocks.values()) * itemsize + solve + waiting, outside)
+    work = max(work, getattr(job.allocator, "models", 0) * job.coverage()["all_parameters"] * itemsize)
     here = {"cpu": "host", "none": "device", "disk": "disk"}[recipe.offload]
     if job.device.type == "cpu":
         return {"peak_host_bytes": work + (hidden if here != "disk" else 0), "peak_device_bytes": 0}

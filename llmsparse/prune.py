@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse import gridfile
+from llmsparse.allocate import allocate, tell
 from llmsparse.block import Block
 from llmsparse.calibration import Calibration
 from llmsparse.errors import UserError
@@ -55,8 +56,12 @@ def prune(
     progress.advance("reading text")
     progress.start("pruning", len(job.skeleton.blocks))
     work.begin(text, resume)
-    records = _without_data(work) if text is None else _with_data(work, text)
+    allocation = allocate(work, text)
+    calibrated = text is not None and job.solver.statistics is not None
+    records = _with_data(work, text) if calibrated else _without_data(work)  # type: ignore[arg-type]
     report = staged.complete(_report(work, str(model), text, records))
+    if allocation is not None:
+        tell(allocation, report)
     work.finish(report)
     staged.clean()
     if push is not None and processes.is_main:

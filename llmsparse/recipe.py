@@ -13,7 +13,13 @@ from llmsparse.recipe_file import read
 OFFLOADS = ("cpu", "disk", "none")
 TARGETS = ("pruned", "dense")
 ORDERS = ("sequential", "together")
-OWN = ("reconstruct", "width", "depth")  # whose options --set takes as NAME.KEY, beside the solver's
+BUDGETS = ("parameters", "bytes", "time")
+OWN = (
+    "reconstruct",
+    "allocate",
+    "width",
+    "depth",
+)  # whose options --set takes as NAME.KEY, beside the solver's
 
 
 def _option(default: Any, text: str) -> Any:
@@ -33,6 +39,14 @@ class Recipe:
         "model itself smaller (repeatable)",
     )
     scope: str | None = _option(None, "where 50% is counted: row or layer (default: the solver's own)")
+    allocate: Any = _option(
+        "uniform",
+        "how the patterns' sparsity is divided among the weights that share one, see `llmsparse list allocators`",
+    )
+    budget: str = _option(
+        "parameters",
+        "what the division leaves as it is: parameters, packed bytes, or decode time here (time)",
+    )
     calibration: str = _option(
         "builtin",
         "builtin, a .txt/.jsonl/.parquet file or folder, a hub dataset id[:config][:split], or a=0.5,b=0.5",
@@ -60,7 +74,9 @@ class Recipe:
     )
     seed: int = _option(0, "seed of the choice of calibration text")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1...")
-    set: tuple[str, ...] = _option((), "a solver's option, e.g. damping=0.02 (repeatable)")
+    set: tuple[str, ...] = _option(
+        (), "a solver's option, e.g. damping=0.02; reconstruct.KEY=, allocate.KEY= for those (repeatable)"
+    )
     skip: tuple[str, ...] = _option((), "regular expression of weights to leave dense (repeatable)")
     include: tuple[str, ...] = _option(
         (), "regular expression of weights to prune besides the blocks', e.g. lm_head (repeatable)"
@@ -83,7 +99,12 @@ class Recipe:
         for name in ("samples", "sequence_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        for name, known in (("offload", OFFLOADS), ("targets", TARGETS), ("order", ORDERS)):
+        for name, known in (
+            ("offload", OFFLOADS),
+            ("targets", TARGETS),
+            ("order", ORDERS),
+            ("budget", BUDGETS),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)} is unknown; use {', '.join(known)}")
         if self.reconstruct < 0:
@@ -108,7 +129,8 @@ class Recipe:
         """Plain values, without the token, for the report and for YAML."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token"}
         values = {k: [str(item) for item in v] if isinstance(v, tuple) else v for k, v in values.items()}
-        return {**values, "solver": str(self.solver), "values": self.values and str(self.values)}
+        plugged = {"solver": str(self.solver), "allocate": str(self.allocate)}
+        return {**values, **plugged, "values": self.values and str(self.values)}
 
     def options_for(self, owner: str) -> dict[str, Any]:
         """The ``--set`` pairs of one owner, numbers as numbers: one of ``OWN``, or ``solver`` with all the others."""

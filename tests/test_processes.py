@@ -22,11 +22,13 @@ def launch(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("family", "solver", "targets"), [("qwen3_moe", "sparsegpt", "pruned"), ("llama", "refit:wanda", "dense")]
+    ("family", "solver", "targets", "allocate"),
+    [("qwen3_moe", "sparsegpt", "pruned", "uniform"), ("llama", "refit:wanda", "dense", "error")],
 )
-def test_two_processes_give_the_single_processs_masks(family, solver, targets, tmp_path, text):
+def test_two_processes_give_the_single_processs_masks(family, solver, targets, allocate, tmp_path, text):
     source = save_tiny(family, tmp_path / "source")
     options = {
+        "allocate": allocate,
         "calibration": text,
         "samples": 5,
         "sequence_length": 32,
@@ -43,7 +45,8 @@ def test_two_processes_give_the_single_processs_masks(family, solver, targets, t
     equal = sum(int(((one[k] == 0) == (two[k] == 0)).sum()) for k in one)
     assert equal >= 0.999 * sum(v.numel() for v in one.values())
     first, second = (
-        {w["name"]: w["tokens"] for w in read_report(tmp_path / f)["weights"]} for f in ("one", "two")
+        {w["name"]: (w["pattern"], w["tokens"]) for w in read_report(tmp_path / f)["weights"]}
+        for f in ("one", "two")
     )
     assert first == second
 

@@ -45,9 +45,17 @@ def measure(numbers: Tensor, values: Values) -> Iterator[dict[str, Any]]:
             most = int(nonzero.view(last - first, columns // m, m).sum(2).max())
             kept[m] = max(kept[m], most)
     for m, n in kept.items():
-        if n > 0 and n * _place_bits(m) < m:
-            row = columns // m * n
-            yield {"n": n, "m": m, "nnz": out * row, "size": out * _width(row, values.bits)}
+        if (found := fields((out, columns), n, m, values)) is not None:
+            yield found
+
+
+def fields(shape: tuple[int, int], n: int, m: int, values: Values) -> dict[str, Any] | None:
+    """The fields of n:m, where places take less than a bit a weight."""
+    out, columns = shape
+    if m not in GROUPS or columns % m or n <= 0 or n * _place_bits(m) >= m:
+        return None
+    row = columns // m * n
+    return {"n": n, "m": m, "nnz": out * row, "size": out * _width(row, values.bits)}
 
 
 def pack(packed: "Packed", numbers: Tensor) -> dict[str, Tensor]:
