@@ -16,6 +16,7 @@ from llmsparse.push import may_push
 from llmsparse.push import push as publish
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.report import Phases, versions
+from llmsparse.sampling import sampler_of
 from llmsparse.solving import solve_block
 from llmsparse.stream import BlockStream
 from llmsparse.work import Work
@@ -47,7 +48,7 @@ def prune(
     work = Work(job, writer, processes, phases, progress)
     progress.start("reading text", 1)
     with work.phases("calibration text"):
-        text = processes.together(job.calibrate)
+        text = _text(job, processes, progress)
     progress.advance("reading text")
     progress.start("pruning", len(job.skeleton.blocks))
     work.begin(text, resume)
@@ -69,6 +70,14 @@ def _published(out: str | Path, repo: str, token: str | None, progress: Any) -> 
         raise UserError(
             f"{out} is written, but not pushed: {error}; go on with `llmsparse push {out} {repo}`"
         ) from error
+
+
+def _text(job: Job, processes: Processes, progress: Any) -> Calibration | None:
+    """The calibration windows, the same in every process; where the model writes them, the main one's."""
+    if (sampler := sampler_of(job, progress)) is None:
+        return processes.together(job.calibrate)
+    main = processes.is_main
+    return processes.first(processes.together(lambda: job.calibrate(sampler) if main else None))
 
 
 def _with_data(work: Work, text: Calibration) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from llmsparse.recipe_file import read
 OFFLOADS = ("cpu", "disk", "none")
 TARGETS = ("pruned", "dense")
 ORDERS = ("sequential", "together")
-OWN = ("reconstruct",)  # whose options --set takes as NAME.KEY, beside the solver's
+OWN = ("reconstruct", "self")  # whose options --set takes as NAME.KEY, beside the solver's
 
 
 def _option(default: Any, text: str) -> Any:
@@ -34,11 +34,12 @@ class Recipe:
     scope: str | None = _option(None, "where 50% is counted: row or layer (default: the solver's own)")
     calibration: str = _option(
         "builtin",
-        "builtin, a .txt/.jsonl/.parquet file or folder, a hub dataset id[:config][:split], or a=0.5,b=0.5",
+        "builtin, self (the model writes it), a .txt/.jsonl/.parquet file or folder, a hub dataset id[:config][:split], "
+        "or a=0.5,b=0.5",
     )
-    samples: int | None = _option(None, "calibration windows (default 128; builtin 64)")
+    samples: int | None = _option(None, "calibration windows (default 128; builtin, self 64)")
     sequence_length: int | None = _option(
-        None, "tokens a window (default 2048, builtin 512; at most what the model takes)"
+        None, "tokens a window (default 2048; builtin, self 512; at most what the model takes)"
     )
     values: str | None = _option(  # or a Grid
         None, "int8, int4:32 or int4:64: round inside the solver (default: values stay floating-point)"
@@ -110,7 +111,7 @@ class Recipe:
         return {**values, "solver": str(self.solver), "values": self.values and str(self.values)}
 
     def options_for(self, owner: str) -> dict[str, Any]:
-        """The ``--set`` pairs of one owner, numbers as numbers: ``reconstruct``, or ``solver`` with all the others."""
+        """The ``--set`` pairs of one owner, numbers as numbers: one of ``OWN``, or ``solver`` with all the others."""
         import yaml
 
         pairs = {}
@@ -122,6 +123,25 @@ class Recipe:
             if whose == owner or (owner == "solver" and whose not in OWN):
                 pairs[key.strip() if owner == "solver" else name] = yaml.safe_load(value)
         return pairs
+
+    def own(self, owner: str, kind: Any, asked_by: str, given: dict[str, Any] | None) -> Any:
+        """``kind`` of the options ``given`` and the ``--set`` pairs of ``owner``; None, where ``given`` is: not asked for.
+
+        Raises:
+            UserError: pairs without what they belong to (``asked_by``), an unknown option, a value that is refused.
+        """
+        options = self.options_for(owner)
+        if given is None:
+            if options:
+                raise UserError(f"--set {owner}.{next(iter(options))} goes with {asked_by}")
+            return None
+        known = [f.name for f in fields(kind) if f.name not in given]
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(f"--set {owner}.{unknown[0]}: there is no such option; known: {', '.join(known)}")
+        try:
+            return kind(**given, **options)
+        except TypeError as error:
+            raise UserError(f"--set {owner}...: {error}") from error
 
 
 def with_options(function: Callable[..., Any], without: tuple[str, ...] = ()) -> inspect.Signature:

@@ -20,11 +20,13 @@ def launch(*arguments):
     )
 
 
-@pytest.mark.parametrize(("family", "solver"), [("qwen3_moe", "sparsegpt"), ("llama", "wanda")])
-def test_two_processes_give_the_single_processs_masks(family, solver, tmp_path, text):
+@pytest.mark.parametrize(
+    ("family", "solver", "calibration"), [("qwen3_moe", "sparsegpt", None), ("llama", "wanda", "self")]
+)
+def test_two_processes_give_the_single_processs_masks(family, solver, calibration, tmp_path, text):
     source = save_tiny(family, tmp_path / "source")
     options = {
-        "calibration": text,
+        "calibration": calibration or text,
         "samples": 5,
         "sequence_length": 32,
         "solver": solver,
@@ -42,6 +44,8 @@ def test_two_processes_give_the_single_processs_masks(family, solver, tmp_path, 
         {w["name"]: w["tokens"] for w in read_report(tmp_path / f)["weights"]} for f in ("one", "two")
     )
     assert first == second
+    used = [read_report(tmp_path / f)["calibration"]["tokens_sha256"] for f in ("one", "two")]
+    assert used[0] == used[1]
 
 
 def test_an_error_in_two_processes_is_told_once_and_ends_both(tmp_path, text):
