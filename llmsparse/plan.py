@@ -11,6 +11,7 @@ import torch
 
 from llmsparse import chain
 from llmsparse.calibration import SELF, Calibration, calibrate, parse_sources
+from llmsparse.channels import may_permute
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import available_memory, forward_dtype, pick_device
 from llmsparse.errors import UserError
@@ -40,6 +41,13 @@ class Job:
     tables: dict[str, Grid] = field(
         default_factory=dict
     )  # disk name of an embedding or output table -> its grid
+
+    origin: Checkpoint | None = None  # what the user named, where the checkpoint was made of it
+
+    @property
+    def source(self) -> Checkpoint:
+        """What the user named."""
+        return self.origin or self.checkpoint
 
     @property
     def weights(self) -> list[Weight]:
@@ -155,6 +163,8 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False) -> Jo
     grid = Grid.parse(values) if isinstance(values, str) else values
     if grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
+    if recipe.permute:
+        may_permute(skeleton, patterns)
     recipe = with_defaults(recipe, config)
     job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, grid, *_own(recipe))
     if solver.statistics is None and (job.reconstruction or recipe.targets != "pruned"):

@@ -18,6 +18,7 @@ from llmsparse.recipe import Recipe, with_options
 from llmsparse.report import Phases, versions
 from llmsparse.sampling import sampler_of
 from llmsparse.solving import solve_block
+from llmsparse.stages import staged
 from llmsparse.stream import BlockStream
 from llmsparse.work import Work
 from llmsparse.writer import Writer
@@ -50,7 +51,8 @@ def prune(
     with work.phases("calibration text"):
         text = _text(job, processes, progress)
     progress.advance("reading text")
-    progress.start("pruning", len(job.skeleton.blocks))
+    work = staged(work, text, resume)
+    progress.start("pruning", len(work.job.skeleton.blocks))
     work.begin(text, resume)
     records = _without_data(work) if text is None else _with_data(work, text)
     report = _report(work, str(model), text, records)
@@ -82,19 +84,10 @@ def _text(job: Job, processes: Processes, progress: Any) -> Calibration | None:
 
 def _with_data(work: Work, text: Calibration) -> list[dict[str, Any]]:
     """Solve and write every block in order; finished ones are replayed, forward only."""
-    job = work.job
-    windows = work.processes.share(text.windows)
-    stream = BlockStream(
-        job.skeleton, windows, job.dtype, job.device, job.batch_size(), job.recipe.offload, work.writer.work
-    )
-    stream.keep = job.passes_kept(stream.batch_size)
-    if job.follows_dense:
-        stream.follow_dense()
-    try:
+    with work.stream(work.processes.share(text.windows)) as stream:
+        if work.job.follows_dense:
+            stream.follow_dense()
         return _with_stream(work, stream)
-    finally:
-        stream.close()
-        work.phases.facts["batch_size"] = stream.batch_size
 
 
 def _with_stream(work: Work, stream: BlockStream) -> list[dict[str, Any]]:
@@ -162,7 +155,7 @@ def _report(
     grid = {"grid": _rounded(job)} if job.grid else {}
     return {
         "model": model,
-        "commit": job.checkpoint.commit,
+        "commit": job.source.commit,
         "out": str(work.writer.out),
         **grid,
         "versions": versions(),
@@ -186,6 +179,7 @@ def _report(
         "seconds": work.phases.seconds,
         "peak_memory": work.phases.peak,
         "coverage": job.coverage(),
+        **work.stages,
         "weights": records,
         "tables": [],
         "warnings": warnings,

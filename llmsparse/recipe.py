@@ -58,6 +58,10 @@ class Recipe:
     reconstruct: int = _option(
         0, "epochs of training each block's kept weights on the calibration text, after the solver"
     )
+    permute: bool = _option(
+        False,
+        "first put channels into an order in which an n:m pattern keeps more; what the model computes stays",
+    )
     seed: int = _option(0, "seed of the choice of calibration text")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1...")
     set: tuple[str, ...] = _option((), "a solver's option, e.g. damping=0.02 (repeatable)")

@@ -21,20 +21,26 @@ def launch(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("family", "solver", "calibration"), [("qwen3_moe", "sparsegpt", None), ("llama", "wanda", "self")]
+    ("family", "solver", "others"),
+    [
+        ("qwen3_moe", "sparsegpt", {}),
+        ("llama", "wanda", {"calibration": "self", "pattern": "2:4", "permute": True}),
+    ],
 )
-def test_two_processes_give_the_single_processs_masks(family, solver, calibration, tmp_path, text):
+def test_two_processes_give_the_single_processs_masks(family, solver, others, tmp_path, text):
     source = save_tiny(family, tmp_path / "source")
     options = {
-        "calibration": calibration or text,
+        "calibration": text,
         "samples": 5,
         "sequence_length": 32,
         "solver": solver,
-        "include": ["lm_head"],
+        "include": "lm_head",
+        **others,
     }
     prune(source, tmp_path / "one", **options)
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if key != "include"]
-    done = launch(source, tmp_path / "two", *given, "--include=lm_head", "--json")
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not True]
+    flags = [f"--{key}" for key, value in options.items() if value is True]
+    done = launch(source, tmp_path / "two", *given, *flags, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["options"]["processes"] == 2  # one process spoke, and only once
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
