@@ -32,7 +32,10 @@ def arrange(scores: Tensor, pattern: NM) -> Arrangement:
     dealt = deal(scores.sum(0), pattern.m)
     before = retained(scores, given, pattern.n)
     better = dealt if retained(scores, dealt, pattern.n) > before else given
-    order = exchange_all(scores.T.contiguous(), better, pattern.n)
+    better = better.sort(
+        1
+    ).values  # one form of the same groups, so that rounding cannot choose between two searches
+    order = exchange_all(scores.T.contiguous(), better[better[:, 0].argsort()], pattern.n)
     after = retained(scores, order, pattern.n)
     if after <= before:
         order, after = given, before

@@ -47,7 +47,8 @@ class Work:
     def fingerprint(self, text: Calibration | None) -> dict[str, Any]:
         """What must be equal for a run to be continued."""
         if not self.source:
-            self.source = self.processes.together(lambda: self.job.source.sha256() if self.main else {})
+            hashes = self.processes.together(lambda: self.job.source.sha256() if self.main else {})
+            self.source = self.processes.first(hashes)
         return {
             **self.job.identity(),
             "processes": self.processes.count,

@@ -302,3 +302,14 @@ def test_plan_and_prune_refuse_a_permutation_of_nothing(options, message, tmp_pa
         with pytest.raises(UserError, match=message):
             call(permute=True, **SMALL, **options)
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_groups_that_are_given_as_they_would_be_dealt_lead_to_one_order_whatever_rounding_says():
+    strongest_first = scores_of(40, 16, 0) * torch.arange(16, 0, -1.0)
+    strongest_first = strongest_first[:, strongest_first.sum(0).argsort(descending=True)]
+    dealt = deal(strongest_first.sum(0), 4)
+    scores = strongest_first[:, dealt.flip(0).flatten()]  # the same groups, the last one first
+    found = arrange(scores, NM(2, 4))
+    for seed in range(5):
+        noise = torch.randn(16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert torch.equal(arrange(scores * (1 + 1e-9 * noise), NM(2, 4)).order, found.order)
