@@ -5,6 +5,7 @@ import math
 import platform
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from llmsparse.documents import Document, documents
 from llmsparse.errors import UserError, first_line
 
+SELF = "self"  # the source that is the model's own writing
 PIECE = 200_000  # characters tokenised at a time: a long document is cut at a line end near there
 
 
@@ -23,7 +25,7 @@ class Calibration(NamedTuple):
 
     windows: Tensor  # (samples, sequence_length) int64
     sha256: str  # of the token ids: int32, little endian, row-major
-    sources: list[dict[str, Any]]  # source, weight, and of the text used: documents, tokens, sha256
+    sources: list[dict[str, Any]]  # source, weight, tokens, and of a text documents, sha256
 
 
 class Taken(NamedTuple):
@@ -31,8 +33,9 @@ class Taken(NamedTuple):
 
     source: str
     ids: list[int]
-    documents: int
-    sha256: str  # of the documents used, joined by blank lines
+    facts: dict[
+        str, Any
+    ]  # of a text the count of documents used, and the sha256 of them joined by blank lines
 
 
 def calibrate(
@@ -45,12 +48,14 @@ def calibrate(
     token: str | None = None,
     cache_dir: str | None = None,
     vocab_size: int | None = None,
+    sampler: Any = None,
 ) -> Calibration:
     """Pack the text of ``source`` into ``samples`` windows of ``sequence_length`` tokens, without padding.
 
     Documents are shuffled with ``seed``, tokenised without special tokens, joined by EOS if the tokenizer
     has one, and cut; what the tokenizer itself puts in front of a text (BOS) starts every window. Weighted
-    sources are interleaved. Reading stops when there are tokens enough.
+    sources are interleaved. Reading stops when there are tokens enough. The source ``self`` is written by
+    ``sampler``, see ``llmsparse.sampling``.
 
     Raises:
         UserError: unknown, unreachable, empty, unreadable or too short sources; ids beyond ``vocab_size``.
@@ -60,34 +65,38 @@ def calibrate(
     length = sequence_length - len(prefix)  # text tokens in a window
     if samples < 1 or sequence_length < 2 or length < 1:
         raise UserError(f"{samples} windows of {sequence_length} tokens: the least is 1 of {len(prefix) + 2}")
-    counts = shares(list(weights.values()), samples)
-    taken = []
-    for (name, weight), count in zip(weights.items(), counts, strict=True):
+    counts = dict(zip(weights, shares(list(weights.values()), samples), strict=True))
+    for name, count in counts.items():
         if not count:
-            raise UserError(f"{name} (weight {weight:g}) gets none of {samples} windows; raise --samples")
-        texts = _texts(name, documents(name, seed=seed, token=token, cache_dir=cache_dir), tokenizer, prefix)
-        taken.append(_take(name, texts, tokenizer, count * length))
-        _check_vocabulary(name, [*prefix, *taken[-1].ids], vocab_size)
-    _check_enough(taken, list(weights.values()), samples, length)
+            raise UserError(
+                f"{name} (weight {weights[name]:g}) gets none of {samples} windows; raise --samples"
+            )
+    taken = {}
+    for name in [name for name in counts if name != SELF]:
+        found = documents(name, seed=seed, token=token, cache_dir=cache_dir)
+        taken[name] = _take(name, _texts(name, found, tokenizer, prefix), tokenizer, counts[name] * length)
+        _check_vocabulary(name, [*prefix, *taken[name].ids], vocab_size)
+    _check_enough(taken, weights, samples, length)
+    if SELF in counts:
+        ids = sampler(tokenizer, prefix, counts[SELF], length, seed)
+        taken[SELF] = Taken(SELF, ids.flatten().tolist(), {**asdict(sampler.options), "seed": seed})
     windows = np.empty((samples, sequence_length), dtype=np.int64)
     windows[:, : len(prefix)] = prefix
-    for row, (i, j) in enumerate(interleave(counts)):
-        windows[row, len(prefix) :] = taken[i].ids[j * length : (j + 1) * length]
+    for row, (i, j) in enumerate(interleave(list(counts.values()))):
+        windows[row, len(prefix) :] = taken[list(counts)[i]].ids[j * length : (j + 1) * length]
     digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
-    records = [_record(part, weight) for part, weight in zip(taken, weights.values(), strict=True)]
+    records = [
+        {"source": name, "weight": weight, "tokens": len(taken[name].ids), **taken[name].facts}
+        for name, weight in weights.items()
+    ]
     return Calibration(torch.from_numpy(windows), digest, records)
-
-
-def _record(part: Taken, weight: float) -> dict[str, Any]:
-    record = {"source": part.source, "weight": weight, "documents": part.documents, "tokens": len(part.ids)}
-    python = {"python": platform.python_version()} if part.source == "builtin" else {}
-    return record | {"sha256": part.sha256} | python
 
 
 def parse_sources(source: str) -> dict[str, float]:
     """Source -> weight, which sum to 1: ``"a.jsonl=3,b.txt=1"`` is ``{"a.jsonl": 0.75, "b.txt": 0.25}``.
 
-    Without weights every source weighs the same; a path that exists is taken whole, whatever it contains.
+    Without weights every source weighs the same; a path that exists is taken whole, whatever it contains (but
+    ``builtin`` and ``self`` are never paths: a file of that name is ``./self``).
     """
     if Path(source).expanduser().exists():
         return {source: 1.0}
@@ -166,10 +175,15 @@ def _take(source: str, texts: Iterator[str], tokenizer: Any, need: int) -> Taken
             digest.update(piece.encode())
             ids += new
             if len(ids) >= need:
-                return Taken(source, ids[:need], count, digest.hexdigest())
+                return Taken(source, ids[:need], _facts(source, count, digest.hexdigest()))
     if not count:
         raise UserError(f"{source} holds no text: every document is blank or there is none")
-    return Taken(source, ids, count, digest.hexdigest())
+    return Taken(source, ids, _facts(source, count, digest.hexdigest()))
+
+
+def _facts(source: str, count: int, sha256: str) -> dict[str, Any]:
+    python = {"python": platform.python_version()} if source == "builtin" else {}
+    return {"documents": count, "sha256": sha256, **python}
 
 
 def _encode(source: str, tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -212,15 +226,18 @@ def _check_vocabulary(source: str, ids: list[int], vocab_size: int | None) -> No
         raise UserError(f"{found}; its tokenizer belongs to another model")
 
 
-def _check_enough(taken: list[Taken], weights: list[float], samples: int, length: int) -> None:
-    room = [len(part.ids) // length for part in taken]  # whole windows that each source can fill
-    for part, count in zip(taken, shares(weights, samples), strict=True):
-        if len(part.ids) < count * length:
-            split = [(s, shares(weights, s)) for s in range(samples - 1, 0, -1)]
-            fitting = (s for s, n in split if all(0 < x <= most for x, most in zip(n, room, strict=True)))
+def _check_enough(taken: dict[str, Taken], weights: dict[str, float], samples: int, length: int) -> None:
+    """Refuse texts that are too short; the model's own writing is none of them, and never is."""
+    shared = list(weights.values())
+    # whole windows that each source can fill
+    room = [len(taken[name].ids) // length if name in taken else samples for name in weights]
+    for name, most, count in zip(weights, room, shares(shared, samples), strict=True):
+        if most < count:
+            split = [(s, shares(shared, s)) for s in range(samples - 1, 0, -1)]
+            fitting = (s for s, n in split if all(0 < x <= y for x, y in zip(n, room, strict=True)))
             largest = next(fitting, 0)
             advice = f"the largest --samples is {largest}" if largest else "not one window can be filled"
             raise UserError(
-                f"{part.source} has {len(part.ids):,} tokens, and {count * length:,} are needed ({count} "
+                f"{name} has {len(taken[name].ids):,} tokens, and {count * length:,} are needed ({count} "
                 f"windows of {length} text tokens); {advice}; give more text or a shorter --sequence-length"
             )

@@ -16,6 +16,7 @@ from llmsparse.runs import Run, sparsity
 LICENCES = {  # of calibration text
     "allenai/c4": "ODC-BY 1.0",
     "Salesforce/wikitext": "CC BY-SA 3.0 and GFDL",
+    "self": "the model's own (it wrote the text itself)",
     "builtin": "the Python Software Foundation's (it is Python's own documentation)",
 }
 NOTHING_FROM_ZEROS = (

@@ -3,7 +3,7 @@
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch
 
 from llmsparse import chain
 from llmsparse.allocation import Allocator, allocator_of
-from llmsparse.calibration import Calibration, calibrate
+from llmsparse.calibration import SELF, Calibration, calibrate, parse_sources
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import available_memory, forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.narrowing import outlined
 from llmsparse.pattern import Existing, Pattern, describe
+from llmsparse.producers import may_permute
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.reconstruct import Reconstruction
 from llmsparse.rules import assign, rule
+from llmsparse.sampling import Sampler, Sampling, Unwritten
 from llmsparse.shrinking import Shrink, refuse_apart, split
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Gram
@@ -40,12 +42,20 @@ class Job:
     allocator: Allocator
     grid: Grid | None = None  # of the weights
     reconstruction: Reconstruction | None = None
+    sampling: Sampling | None = None  # of calibration text that the model writes itself
     tables: dict[str, Grid] = field(
         default_factory=dict
     )  # disk name of an embedding or output table -> its grid
     shrinks: tuple[
         Shrink, ...
     ] = ()  # what is to make the model smaller first; the checkpoint is an outline of that
+
+    origin: Checkpoint | None = None  # what the user named, where the checkpoint was made of it
+
+    @property
+    def source(self) -> Checkpoint:
+        """What the user named."""
+        return self.origin or self.checkpoint
 
     @property
     def weights(self) -> list[Weight]:
@@ -91,7 +101,7 @@ class Job:
         shapes |= {name: self.checkpoint.shape(name) for name in self.tables}  # type: ignore[misc]
         return {name: (shape, self.tables.get(name) or self.grid) for name, shape in shapes.items()}  # type: ignore[misc]
 
-    def calibrate(self) -> Calibration | None:
+    def calibrate(self, sampler: Sampler | Unwritten | None = None) -> Calibration | None:
         """The calibration windows; None where no weight is pruned, or by a data-free solver whose allocator wants none."""
         recipe = self.recipe
         if not self.patterns or (self.solver.statistics is None and not self.allocator.windows):
@@ -101,6 +111,7 @@ class Job:
             recipe.calibration, self.checkpoint.tokenizer(recipe.trust_remote_code), samples=recipe.samples,
             sequence_length=recipe.sequence_length, seed=recipe.seed, token=recipe.token,
             cache_dir=recipe.cache_dir, vocab_size=self.skeleton.config.get_text_config().vocab_size,
+            sampler=sampler,
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
@@ -168,10 +179,11 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
     grid = Grid.parse(values) if isinstance(values, str) else values
     if patterns and grid is None and all(isinstance(pattern, Existing) for pattern in patterns.values()):
         raise UserError("pattern as-is prunes nothing; give --values too, or another pattern such as 50%")
+    if recipe.permute:
+        may_permute(skeleton, patterns)
     recipe = with_defaults(recipe, config)
     allocator = allocator_of(recipe.allocate, recipe.options_for("allocate"), recipe.budget, patterns)
-    trained = _reconstruction(recipe)
-    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, allocator, grid, trained)
+    job = Job(recipe, checkpoint, skeleton, solver, patterns, dtype, device, allocator, grid, *_own(recipe))
     job.shrinks = () if smaller else shrinks
     if solver.statistics is None and (job.reconstruction or recipe.targets != "pruned"):
         raise UserError(
@@ -205,27 +217,22 @@ def _solver(recipe: Recipe) -> Any:
     return recipe.solver
 
 
-def _reconstruction(recipe: Recipe) -> Reconstruction | None:
-    options = recipe.options_for("reconstruct")
-    if not recipe.reconstruct:
-        if options:
-            raise UserError(f"--set reconstruct.{next(iter(options))} goes with --reconstruct EPOCHS")
-        return None
-    known = [f.name for f in fields(Reconstruction) if f.name != "epochs"]
-    if unknown := sorted(set(options) - set(known)):
-        raise UserError(f"--set reconstruct.{unknown[0]}: there is no such option; known: {', '.join(known)}")
-    try:
-        return Reconstruction(recipe.reconstruct, **options)
-    except TypeError as error:
-        raise UserError(f"--set reconstruct...: {error}") from error
+def _own(recipe: Recipe) -> tuple[Reconstruction | None, Sampling | None]:
+    """What has options of its own, where it is asked for."""
+    epochs = {"epochs": recipe.reconstruct} if recipe.reconstruct else None
+    written: dict[str, Any] | None = {} if SELF in parse_sources(recipe.calibration) else None
+    return (
+        recipe.own("reconstruct", Reconstruction, "--reconstruct EPOCHS", epochs),
+        recipe.own("self", Sampling, "--calibration self", written),
+    )
 
 
 def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     """Fill in the sample count and length, and refuse windows longer than the model takes."""
-    builtin = recipe.calibration == "builtin"
-    samples = recipe.samples or (64 if builtin else 128)
+    little = recipe.calibration in ("builtin", SELF)
+    samples = recipe.samples or (64 if little else 128)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = recipe.sequence_length or min(512 if builtin else 2048, limit or 2048)
+    length = recipe.sequence_length or min(512 if little else 2048, limit or 2048)
     if limit and length > limit:
         raise UserError(
             f"--sequence-length {length} is more than the model's max_position_embeddings, {limit}"
@@ -243,18 +250,19 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         UserError: whatever ``prune`` would refuse before it loads a weight.
     """
     job = prepare(model, Recipe.of(recipe, options), headers_only=True)
-    text = job.calibrate()
+    text = job.calibrate(Unwritten(job.sampling) if job.sampling else None)
     r = job.recipe
+    written = ", sampled from the model" if job.sampling else ""
     size = sum(job.checkpoint.bytes(name) for name in job.checkpoint.names())
     return {
         "model": str(model),
         "architecture": job.skeleton.config.model_type,
         "solver": str(r.solver),
         "values": r.values and str(r.values),
-        "calibration": f"{r.calibration}, {r.samples} x {r.sequence_length}"
+        "calibration": f"{r.calibration}, {r.samples} x {r.sequence_length}{written}"
         if text
         else "none (data-free solver)",
-        "tokens_sha256": text.sha256 if text else None,
+        "tokens_sha256": text.sha256 if text and not written else None,
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": str(job.device),
         "blocks": len(job.skeleton.blocks),
@@ -307,8 +315,9 @@ def _memory(job: Job) -> dict[str, int]:
             * job.skeleton.config.get_text_config().hidden_size
             * itemsize
         )
+    models = max(getattr(job.allocator, "models", 0), 1 if job.sampling else 0)  # held whole at a time
     work = max(max(blocks.values()) * itemsize + solve + waiting, outside)
-    work = max(work, getattr(job.allocator, "models", 0) * job.coverage()["all_parameters"] * itemsize)
+    work = max(work, models * job.coverage()["all_parameters"] * itemsize)
     here = {"cpu": "host", "none": "device", "disk": "disk"}[recipe.offload]
     if job.device.type == "cpu":
         return {"peak_host_bytes": work + (hidden if here != "disk" else 0), "peak_device_bytes": 0}

@@ -17,8 +17,10 @@ from llmsparse.push import may_push
 from llmsparse.push import push as publish
 from llmsparse.recipe import Recipe, with_options
 from llmsparse.report import Phases, versions
+from llmsparse.sampling import text_of
 from llmsparse.shrink import shrink
 from llmsparse.solving import solve_block
+from llmsparse.stages import staged
 from llmsparse.stream import BlockStream
 from llmsparse.work import Work
 from llmsparse.writer import Writer
@@ -44,26 +46,27 @@ def prune(
         may_push(push, job.recipe.token)
     processes = Processes(job.recipe.device)
     Writer(job.checkpoint, out, overwrite).refuse_interrupted(resume)
-    staged = shrink(job, out, processes, resume, progress)
-    job = staged.job
+    smaller = shrink(job, out, processes, resume, progress)
+    job = smaller.job
     job.device = processes.device(job.device)
     phases = Phases(job.device, progress.now)
     writer = Writer(job.checkpoint, out, overwrite, job.quantised())
     work = Work(job, writer, processes, phases, progress)
     progress.start("reading text", 1)
     with work.phases("calibration text"):
-        text = processes.together(job.calibrate)
+        text = text_of(job, processes, progress)
     progress.advance("reading text")
-    progress.start("pruning", len(job.skeleton.blocks))
+    work = staged(work, text, resume)
+    progress.start("pruning", len(work.job.skeleton.blocks))
     work.begin(text, resume)
     allocation = allocate(work, text)
-    calibrated = text is not None and job.solver.statistics is not None
+    calibrated = text is not None and work.job.solver.statistics is not None
     records = _with_data(work, text) if calibrated else _without_data(work)  # type: ignore[arg-type]
-    report = staged.complete(_report(work, str(model), text, records))
+    report = smaller.complete(_report(work, str(model), text, records))
     if allocation is not None:
         tell(allocation, report)
     work.finish(report)
-    staged.clean()
+    smaller.clean()
     if push is not None and processes.is_main:
         report["push"] = _published(out, push, job.recipe.token, progress)
     return report
@@ -83,19 +86,10 @@ def _published(out: str | Path, repo: str, token: str | None, progress: Any) -> 
 
 def _with_data(work: Work, text: Calibration) -> list[dict[str, Any]]:
     """Solve and write every block in order; finished ones are replayed, forward only."""
-    job = work.job
-    windows = work.processes.share(text.windows)
-    stream = BlockStream(
-        job.skeleton, windows, job.dtype, job.device, job.batch_size(), job.recipe.offload, work.writer.work
-    )
-    stream.keep = job.passes_kept(stream.batch_size)
-    if job.follows_dense:
-        stream.follow_dense()
-    try:
+    with work.stream(work.processes.share(text.windows)) as stream:
+        if work.job.follows_dense:
+            stream.follow_dense()
         return _with_stream(work, stream)
-    finally:
-        stream.close()
-        work.phases.facts["batch_size"] = stream.batch_size
 
 
 def _with_stream(work: Work, stream: BlockStream) -> list[dict[str, Any]]:
@@ -163,7 +157,7 @@ def _report(
     grid = {"grid": _rounded(job)} if job.grid else {}
     return {
         "model": model,
-        "commit": job.checkpoint.commit,
+        "commit": job.source.commit,
         "out": str(work.writer.out),
         **grid,
         "versions": versions(),
@@ -187,6 +181,7 @@ def _report(
         "seconds": work.phases.seconds,
         "peak_memory": work.phases.peak,
         "coverage": job.coverage(),
+        **work.stages,
         "weights": records,
         "tables": [],
         "warnings": warnings,

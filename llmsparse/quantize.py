@@ -6,7 +6,7 @@ from typing import Any
 from llmsparse.prune import prune
 from llmsparse.recipe import Recipe, with_options
 
-OWN = ("pattern", "scope", "allocate", "budget")  # of prune; a weight keeps the zeros that it has
+OWN = ("pattern", "scope", "allocate", "budget", "permute")  # of prune; a weight keeps the zeros that it has
 
 
 def quantize(
@@ -25,7 +25,8 @@ def quantize(
     recipe = Recipe.of(recipe, {})
     return prune(
         model, out, recipe=recipe, resume=resume, overwrite=overwrite, progress=progress,
-        pattern="as-is", allocate="uniform", budget="parameters", values=values or recipe.values or "int8", **options,
+        pattern="as-is", allocate="uniform", budget="parameters", permute=False,
+        values=values or recipe.values or "int8", **options,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ OWN = (
     "allocate",
     "width",
     "depth",
+    "self",
 )  # whose options --set takes as NAME.KEY, beside the solver's
 
 
@@ -49,11 +50,12 @@ class Recipe:
     )
     calibration: str = _option(
         "builtin",
-        "builtin, a .txt/.jsonl/.parquet file or folder, a hub dataset id[:config][:split], or a=0.5,b=0.5",
+        "builtin, self (the model writes it), a .txt/.jsonl/.parquet file or folder, a hub dataset id[:config][:split], "
+        "or a=0.5,b=0.5",
     )
-    samples: int | None = _option(None, "calibration windows (default 128; builtin 64)")
+    samples: int | None = _option(None, "calibration windows (default 128; builtin, self 64)")
     sequence_length: int | None = _option(
-        None, "tokens a window (default 2048, builtin 512; at most what the model takes)"
+        None, "tokens a window (default 2048; builtin, self 512; at most what the model takes)"
     )
     values: str | None = _option(  # or a Grid
         None, "int8, int4:32 or int4:64: round inside the solver (default: values stay floating-point)"
@@ -71,6 +73,10 @@ class Recipe:
     )
     reconstruct: int = _option(
         0, "epochs of training each block's kept weights on the calibration text, after the solver"
+    )
+    permute: bool = _option(
+        False,
+        "first put channels into an order in which an n:m pattern keeps more; what the model computes stays",
     )
     seed: int = _option(0, "seed of the choice of calibration text")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1...")
@@ -145,6 +151,25 @@ class Recipe:
             if whose == owner or (owner == "solver" and whose not in OWN):
                 pairs[key.strip() if owner == "solver" else name] = yaml.safe_load(value)
         return pairs
+
+    def own(self, owner: str, kind: Any, asked_by: str, given: dict[str, Any] | None) -> Any:
+        """``kind`` of the options ``given`` and the ``--set`` pairs of ``owner``; None, where ``given`` is: not asked for.
+
+        Raises:
+            UserError: pairs without what they belong to (``asked_by``), an unknown option, a value that is refused.
+        """
+        options = self.options_for(owner)
+        if given is None:
+            if options:
+                raise UserError(f"--set {owner}.{next(iter(options))} goes with {asked_by}")
+            return None
+        known = [f.name for f in fields(kind) if f.name not in given]
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(f"--set {owner}.{unknown[0]}: there is no such option; known: {', '.join(known)}")
+        try:
+            return kind(**given, **options)
+        except TypeError as error:
+            raise UserError(f"--set {owner}...: {error}") from error
 
 
 def with_options(function: Callable[..., Any], without: tuple[str, ...] = ()) -> inspect.Signature:

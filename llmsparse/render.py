@@ -24,6 +24,7 @@ def prune(report: Row) -> RenderableType:
     lines = [
         *map(summary, report.get("smaller", ())),
         *([zeros] if report["weights"] else []),
+        *_permutation(report),
         *_rounding(report),
         f"{duration(sum(seconds.values()))} ({', '.join(f'{k} {duration(v)}' for k, v in seconds.items())}), "
         f"peak memory {byte_size(max(peak.values(), default=0))}",
@@ -34,6 +35,20 @@ def prune(report: Row) -> RenderableType:
     ]
     tables = [_kinds(report["weights"], measured=True)] if report["weights"] else []
     return Group(*tables, *map(Text, lines))
+
+
+def _permutation(report: Row) -> list[str]:
+    found = report.get("permutation")
+    if not found:
+        return []
+    moved, skipped = found["weights"], found["skipped"]
+    before, after = ([one[when] for one in moved] for when in ("before", "after"))
+    text = f"channels reordered for {len(moved)} weights"
+    if moved:
+        text += f": their patterns keep {sum(after) / len(moved):.2%} of w^2 E[x^2], {sum(before) / len(moved):.2%} before"
+    if skipped:
+        text += f"; not for {len(skipped)}, such as {skipped[0]['name']}: {skipped[0]['reason']}"
+    return [text]
 
 
 def _pushed(result: Row) -> str:

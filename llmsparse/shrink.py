@@ -21,6 +21,7 @@ from llmsparse.processes import Processes
 from llmsparse.publication import REPORT
 from llmsparse.recipe import Recipe
 from llmsparse.report import Phases, versions
+from llmsparse.sampling import text_of
 from llmsparse.shrinking import KINDS, Depth, Shrink, Width
 from llmsparse.skeleton import Skeleton
 from llmsparse.stream import BlockStream
@@ -112,7 +113,7 @@ class Step:
 
     def run(self, resume: bool) -> dict[str, Any]:
         """Write ``folder`` unless it lies there already; what was done."""
-        text = self.processes.together(self.job.calibrate)
+        text = text_of(self.job, self.processes, self.progress)
         assert text is not None
         main, checkpoint = self.processes.is_main, self.job.checkpoint
         source = self.processes.first(self.processes.together(lambda: checkpoint.sha256() if main else {}))

@@ -1,7 +1,10 @@
 """Solve the weights of one block, put the results into the model and on the disk, and record how it went."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from llmsparse.skeleton import Weight
 from llmsparse.solution import Solution, masked
 from llmsparse.solvers.sparsegpt import SparseGPT
 from llmsparse.statistics import FirstTokens, Gram, SquaredNorm, Statistics
+from llmsparse.stream import BlockStream
 from llmsparse.writer import Writer
 
 ROWS = 4096  # of a table rounded at a time
@@ -37,19 +41,26 @@ class Work:
     processes: Processes
     phases: Phases
     progress: Any  # a Progress
-    source: dict[str, str] = field(default_factory=dict)  # hashes of the source's files
+    source: dict[str, str] = field(default_factory=dict)  # hashes of the files of what the user named
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was done before, for the report
 
-    def begin(self, text: Calibration | None, resume: bool) -> None:
-        """Open the output, or the one of an interrupted run; the main process alone writes."""
-        with self.phases("hash"):
-            self.source = self.processes.together(lambda: self.job.checkpoint.sha256() if self.main else {})
-        fingerprint = {
+    def fingerprint(self, text: Calibration | None) -> dict[str, Any]:
+        """What must be equal for a run to be continued."""
+        if not self.source:
+            hashes = self.processes.together(lambda: self.job.source.sha256() if self.main else {})
+            self.source = self.processes.first(hashes)
+        return {
             **self.job.identity(),
             "processes": self.processes.count,
             "source": self.source,
             "tokens_sha256": text.sha256 if text else None,
             "versions": versions(),
         }
+
+    def begin(self, text: Calibration | None, resume: bool) -> None:
+        """Open the output, or the one of an interrupted run; the main process alone writes."""
+        with self.phases("hash"):
+            fingerprint = self.fingerprint(text)
         self.processes.together(lambda: self.writer.begin(fingerprint, resume) if self.main else None)
         self.writer.finished = self.processes.first(self.writer.finished)
 
@@ -67,7 +78,33 @@ class Work:
                 self.writer.copy(sorted(set(self.job.checkpoint.names()) - written))
                 self.writer.prepare_to_finish(report)
         self.processes.together(lambda: self.writer.finish(report) if self.main else None)
+        for name in self.stages if self.main else ():
+            shutil.rmtree(self.stage_folder(name), ignore_errors=True)
         self.processes.close()
+
+    def stage_folder(self, name: str) -> Path:
+        """Where a stage before pruning leaves its checkpoint until OUT is there."""
+        return self.writer.out.with_name(f".{self.writer.out.name}.llmsparse-{name}")
+
+    @contextmanager
+    def stream(self, windows: Tensor) -> Iterator[BlockStream]:
+        """The job's blocks with the activations of ``windows``, this process's part."""
+        job = self.job
+        stream = BlockStream(
+            job.skeleton,
+            windows,
+            job.dtype,
+            job.device,
+            job.batch_size(),
+            job.recipe.offload,
+            self.writer.work,
+        )
+        stream.keep = job.passes_kept(stream.batch_size)
+        try:
+            yield stream
+        finally:
+            stream.close()
+            self.phases.facts["batch_size"] = stream.batch_size
 
     def _round_table(self, name: str, grid: Grid) -> dict[str, Any]:
         """Round an embedding or output table, and write it with its codes."""

@@ -40,6 +40,25 @@ def disk_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
+def interrupted(out: Path) -> UserError:
+    """The error where a run would throw away what an interrupted one left."""
+    return UserError(
+        f"an interrupted run for {out} is here; continue it with --resume, or discard it with --overwrite"
+    )
+
+
+def refuse_another(before: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """Refuse to go on with the run of the fingerprint ``before`` where this one is another."""
+    now = json.loads(json.dumps(fingerprint))
+    keys = {**before, **now}
+    differ = [f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+    if differ:
+        raise UserError(
+            "--resume continues only the same run; these differ from the interrupted one: "
+            f"{'; '.join(differ)}. Give the earlier options again, or start over with --overwrite"
+        )
+
+
 class Writer:
     """Fill a hidden work folder beside OUT, then rename it to OUT.
 
@@ -103,9 +122,7 @@ class Writer:
     def refuse_interrupted(self, resume: bool) -> None:
         """Raise UserError where an interrupted run is neither to be continued nor to be discarded."""
         if self._entries() and not resume and not self.overwrite:
-            raise UserError(
-                f"an interrupted run for {self.out} is here; continue it with --resume, or discard it with --overwrite"
-            )
+            raise interrupted(self.out)
 
     def _entries(self) -> list[dict[str, Any]]:
         """The journal's whole lines; a killed run may leave half of one."""
@@ -118,16 +135,7 @@ class Writer:
         return entries
 
     def _resume(self, entries: list[dict[str, Any]], fingerprint: dict[str, Any]) -> None:
-        before, now = entries[0]["fingerprint"], json.loads(json.dumps(fingerprint))
-        keys = {**before, **now}
-        differ = [
-            f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)
-        ]
-        if differ:
-            raise UserError(
-                "--resume continues only the same run; these differ from the interrupted one: "
-                f"{'; '.join(differ)}. Give the earlier options again, or start over with --overwrite"
-            )
+        refuse_another(entries[0]["fingerprint"], fingerprint)
         self.finished = {entry["block"]: entry["record"] for entry in entries[1:]}
         whole = self.journal.with_suffix(".new")
         whole.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -22,10 +22,16 @@ def launch(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("family", "solver", "targets", "allocate"),
-    [("qwen3_moe", "sparsegpt", "pruned", "uniform"), ("llama", "refit:wanda", "dense", "error")],
+    ("family", "solver", "targets", "allocate", "others"),
+    [
+        ("qwen3_moe", "sparsegpt", "pruned", "uniform", {}),
+        ("llama", "refit:wanda", "dense", "error", {}),
+        ("llama", "wanda", "pruned", "uniform", {"calibration": "self", "pattern": "2:4", "permute": True}),
+    ],
 )
-def test_two_processes_give_the_single_processs_masks(family, solver, targets, allocate, tmp_path, text):
+def test_two_processes_give_the_single_processs_masks(
+    family, solver, targets, allocate, others, tmp_path, text
+):
     source = save_tiny(family, tmp_path / "source")
     options = {
         "allocate": allocate,
@@ -34,11 +40,13 @@ def test_two_processes_give_the_single_processs_masks(family, solver, targets, a
         "sequence_length": 32,
         "solver": solver,
         "targets": targets,
-        "include": ["lm_head"],
+        "include": "lm_head",
+        **others,
     }
     prune(source, tmp_path / "one", **options)
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if key != "include"]
-    done = launch(source, tmp_path / "two", *given, "--include=lm_head", "--json")
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not True]
+    flags = [f"--{key}" for key, value in options.items() if value is True]
+    done = launch(source, tmp_path / "two", *given, *flags, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["options"]["processes"] == 2  # one process spoke, and only once
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
@@ -49,6 +57,8 @@ def test_two_processes_give_the_single_processs_masks(family, solver, targets, a
         for f in ("one", "two")
     )
     assert first == second
+    used = [read_report(tmp_path / f)["calibration"]["tokens_sha256"] for f in ("one", "two")]
+    assert used[0] == used[1]
 
 
 def test_two_processes_train_the_same_block(tmp_path, text):
