@@ -71,9 +71,9 @@ def _mask(pattern: Pattern, weight: Tensor, kept: Tensor, norms: Tensor, columns
     width = columns.stop - columns.start
     gone = (~kept[:, : columns.start]).sum(1)
     if pattern.scope == "row":  # rows have lost different numbers so far
-        left = rest.shape[1] - pattern.pruned(weight.shape[1]) + gone
+        lefts = rest.shape[1] - pattern.pruned(weight.shape[1]) + gone  # (out,)
         places = rest.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return (places < left[:, None])[:, :width]
+        return (places < lefts[:, None])[:, :width]
     left = rest.numel() - pattern.pruned(weight.numel()) + int(gone.sum())
     return keep_largest(rest.reshape(1, -1), left).view_as(rest)[:, :width]
 
