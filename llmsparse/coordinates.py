@@ -11,12 +11,17 @@ KEPT = 1 << 30  # bytes of inverses that a Gram remembers
 
 
 class Scaled(NamedTuple):
-    """``gram`` (in, in) damped and with unit diagonal; ``norms`` (in,): a weight times it is the scaled weight."""
+    """``gram`` (in, in) damped and with unit diagonal; ``norms`` and ``dead`` (in,): see ``target``."""
 
     gram: Tensor
     norms: Tensor
     damping: float
+    dead: Tensor
     inverses: dict[float, Tensor]
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The scaled ``weight`` (out, in), zero where it meets no input."""
+        return (weight.to(self.gram) * self.norms).masked_fill(self.dead, 0.0)
 
     def inverse(self, penalty: float) -> Tensor:
         """(gram + penalty)^-1, by Cholesky; the weights that share a Gram share it."""
@@ -33,8 +38,8 @@ def scaled(statistics: Gram, damping: float) -> Scaled:
     """The problem of ``statistics`` in scaled coordinates, remembered with them."""
 
     def make() -> Scaled:
-        gram, used = statistics.damped(damping)
+        gram, used, dead = statistics.damped(damping)
         norms = gram.diagonal().sqrt()
-        return Scaled(gram / norms / norms[:, None], norms, used, {})
+        return Scaled(gram / norms / norms[:, None], norms, used, dead, {})
 
     return statistics.remember(("scaled", damping), make)

@@ -44,7 +44,7 @@ def remove(cut: Cut, weight: Tensor, bias: Tensor | None, moments: Moments, widt
     full = torch.zeros_like(weight)
     damping = None
     if width.compensation == "refit":
-        damped, damping = gram.damped(width.damping)
+        damped, damping, _ = gram.damped(width.damping)
         full[:, inputs] = refit(weight, damped, inputs)
     else:
         full[:, inputs] = weight[:, inputs]

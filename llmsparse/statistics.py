@@ -35,6 +35,14 @@ class Factor(NamedTuple):
     dead: Tensor
 
 
+class Damped(NamedTuple):
+    """``matrix`` (in, in) with damping * mean(diag G) on its diagonal; ``dead`` (in,) inputs have ones there besides."""
+
+    matrix: Tensor
+    damping: float
+    dead: Tensor
+
+
 class Gram:
     """Sum of x xT over tokens (in, in), kept in float32 (float64 for float64 inputs); half of the layer's Hessian.
 
@@ -91,20 +99,20 @@ class Gram:
 
     @property
     def squares(self) -> "SquaredNorm":
-        """The diagonal alone."""
-        return SquaredNorm(self.total.diagonal(), self.tokens)
+        """The diagonal alone; below zero where rounding put it, it is zero."""
+        return SquaredNorm(self.total.diagonal().clamp(min=0.0), self.tokens)
 
-    def damped(self, damping: float) -> tuple[Tensor, float]:
-        """The matrix as ``factor`` inverts it, (in, in), not to be changed, and the damping that this took."""
+    def damped(self, damping: float) -> "Damped":
+        """The matrix as ``factor`` inverts it, not to be changed, and the damping that this took."""
         return self.remember(("damped", damping), lambda: self._damped(damping))
 
-    def _damped(self, damping: float) -> tuple[Tensor, float]:
+    def _damped(self, damping: float) -> "Damped":
         _, used, dead = self.factor(damping)
         matrix = self.matrix.clone()
         scale = matrix.diagonal().mean()
         matrix.diagonal()[dead] = 1.0
         matrix.diagonal().add_(used * scale)
-        return matrix, used
+        return Damped(matrix, used, dead)
 
     @property
     def matrix(self) -> Tensor:

@@ -22,7 +22,7 @@ def command(*arguments):
     return [sys.executable, "-m", "llmsparse", "prune", *map(str, arguments)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.long) for s in (1, 2))])
 def test_a_run_killed_at_a_random_moment_resumes_to_identical_bytes(seed, tmp_path, text):
     source = save_tiny("llama", tmp_path / "source")
     given = [source, tmp_path / "out", "--calibration", text, "--samples", 300, "--sequence-length", 64]

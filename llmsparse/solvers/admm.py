@@ -47,7 +47,7 @@ class Admm:
     ) -> Solution:
         """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs."""
         problem = scaled(statistics, self.damping)
-        target = weight.to(problem.gram) * problem.norms
+        target = problem.target(weight)
         wanted = target @ problem.gram + self.ridge * target
         inverse = problem.inverse(PENALTY + self.ridge)
         free, dual = target, torch.zeros_like(target)

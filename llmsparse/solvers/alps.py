@@ -48,7 +48,7 @@ class Alps:
     ) -> Solution:
         """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs."""
         problem = scaled(statistics, self.damping)
-        target = weight.to(problem.gram) * problem.norms
+        target = problem.target(weight)
         found, mask, iterations = self._split(target, problem, pattern)
         found = refit(target, found, mask, problem.gram, self.steps) / problem.norms
         notes = {"damping": problem.damping, "iterations": iterations}

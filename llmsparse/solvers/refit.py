@@ -39,7 +39,7 @@ class Refit:
     ) -> Solution:
         """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs; with ``grid`` what is refitted is rounded."""
         begun = self.inner(weight, narrowed(statistics, self.inner.statistics), pattern)
-        gram, damping = statistics.damped(self.damping)
+        gram, damping, _ = statistics.damped(self.damping)
         found = refit(weight.to(gram), begun.weight.to(gram), begun.mask, gram, self.steps)
         notes = {**begun.notes, "damping": damping}
         return rounded(

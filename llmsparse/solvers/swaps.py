@@ -43,8 +43,9 @@ class Swaps:
     ) -> Solution:
         """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs."""
         begun = self.inner(weight, narrowed(statistics, self.inner.statistics), pattern)
-        gram, damping = statistics.damped(self.damping)
-        mask, swapped = swap(weight.to(gram), begun.mask, gram, pattern.width, self.steps, self.candidates)
+        gram, damping, dead = statistics.damped(self.damping)
+        alive = weight.to(gram).masked_fill(dead, 0.0)
+        mask, swapped = swap(alive, begun.mask, gram, pattern.width, self.steps, self.candidates)
         notes = {**begun.notes, "damping": damping, "swaps": swapped}
         solution = masked(weight, mask, None)._replace(notes=notes)
         return rounded(solution, statistics, grid, self.damping)

@@ -44,7 +44,7 @@ class Thanos:
     ) -> Solution:
         """Prune ``weight`` (out, in) with the Gram (in, in) of its inputs."""
         upper, damping, dead = statistics.factor(self.damping)
-        norms = statistics.matrix.diagonal().sqrt()
+        norms = statistics.squares.value.sqrt()
         found = weight.to(upper, copy=True)
         found[:, dead] = 0.0
         mask = torch.ones_like(found, dtype=torch.bool)

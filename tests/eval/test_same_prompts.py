@@ -44,7 +44,7 @@ def golds(source: TaskSource) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n == "arc_easy" else ()) for n in ORIGINALS]
+    "name", [pytest.param(n, marks=() if n == "copa" else pytest.mark.long) for n in ORIGINALS]
 )
 def test_prompts_choices_and_right_answers_are_the_harness_s(name, data_folder, monkeypatch):
     file, split = ORIGINALS[name]

@@ -209,6 +209,7 @@ def test_a_metric_on_a_scale_of_its_own_is_no_share():
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_smollm2_on_real_items_is_above_chance(smollm2, data_folder):
     found = evaluate(smollm2, tasks="arc_easy,lambada_openai", limit=60, context=512)
     arc, lambada = found["tasks"]
