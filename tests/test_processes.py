@@ -25,7 +25,7 @@ def launch(*arguments):
     ("family", "solver", "targets", "allocate", "others"),
     [
         ("qwen3_moe", "sparsegpt", "pruned", "uniform", {}),
-        ("llama", "refit:wanda", "dense", "error", {}),
+        ("llama", "sparsegpt", "dense", "error", {}),
         ("llama", "wanda", "pruned", "uniform", {"calibration": "self", "pattern": "2:4", "permute": True}),
     ],
 )
