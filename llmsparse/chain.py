@@ -36,6 +36,13 @@ def solver_of(text: str, options: dict[str, Any]) -> Any:
     return found
 
 
+def innermost(solver: Any) -> Any:
+    """What the solvers around it hold; a solver that holds none is it."""
+    while hasattr(solver, INNER):
+        solver = getattr(solver, INNER)
+    return solver
+
+
 def options_of(make: Any, inner: bool = False) -> list[str]:
     """The names of a solver's options."""
     return [field.name for field in fields(make) if inner or field.name != INNER]

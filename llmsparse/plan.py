@@ -89,8 +89,8 @@ class Job:
 
     @property
     def first_token(self) -> float:
-        """How often each window's first token counts for queries, keys and values."""
-        asked = getattr(self.solver, "first_token", None if self.solver.statistics is Gram else 1.0)
+        """How often each window's first token counts in the Gram of queries, keys and values."""
+        asked = getattr(chain.innermost(self.solver), "first_token", None)
         if asked is not None:
             return asked
         return self.recipe.sequence_length / 2 if self.grid and self.recipe.sequence_length else 1.0
@@ -138,7 +138,13 @@ class Job:
         """About what one pass holds while it waits inside a block: twice its tensors, for the holes in the heap."""
         assert self.recipe.sequence_length
         widths = [w.in_features + w.out_features for w in self.skeleton.weights if w.block is not None]
-        return 4 * batch_size * self.recipe.sequence_length * max(widths) * self.dtype.itemsize
+        return (
+            (8 if self.crosses else 4)
+            * batch_size
+            * self.recipe.sequence_length
+            * max(widths)
+            * self.dtype.itemsize
+        )
 
     def passes_kept(self, batch_size: int) -> int:
         """How many passes may wait with their activations in half of the memory that is free now."""
@@ -314,9 +320,12 @@ def _memory(job: Job) -> dict[str, int]:
             * recipe.sequence_length
             * job.skeleton.config.get_text_config().hidden_size
             * itemsize
-        )
+        ) * (2 if job.follows_dense or job.reconstruction else 1)
     models = max(getattr(job.allocator, "models", 0), 1 if job.sampling else 0)  # held whole at a time
-    work = max(max(blocks.values()) * itemsize + solve + waiting, outside)
+    block = max(blocks.values()) * itemsize * (2 if job.crosses else 1)
+    if job.reconstruction:  # float32 weights, gradients, two moments, the best so far, and the stored ones
+        solve = max(solve, 6 * 4 * max(blocks.values()))
+    work = max(block + solve + waiting, outside)
     work = max(work, models * job.coverage()["all_parameters"] * itemsize)
     here = {"cpu": "host", "none": "device", "disk": "disk"}[recipe.offload]
     if job.device.type == "cpu":
@@ -334,11 +343,13 @@ def _seconds(job: Job) -> float:
     work = float(sum(20 * w.out_features * w.in_features for w in job.weights))
     if job.solver.statistics is not None:
         tokens = recipe.samples * recipe.sequence_length
-        work += (
-            2
-            * tokens
-            * sum(w.out_features * w.in_features for w in job.skeleton.weights if w.block is not None)
-        )
+        passes = 1 + job.follows_dense  # forward through every block
+        if (
+            job.reconstruction
+        ):  # the aim where it is not the dense model's, training (backward is twice forward), and on
+            passes += (not job.follows_dense) + 3 * job.reconstruction.epochs + 1
+        inside = sum(w.out_features * w.in_features for w in job.skeleton.weights if w.block is not None)
+        work += 2 * tokens * inside * passes
         if job.solver.statistics is Gram:
             own = [
                 w for w in job.weights if not re.search(r"\b(k_proj|v_proj|up_proj|w3)\b", w.name)

@@ -25,7 +25,7 @@ def solve_block(work: Work, block: Block) -> list[dict[str, Any]]:
                 outcome = reconstruct(block, desk.masks, trained, processes, job.recipe.seed)
             desk.retake(block, outcome)
         if trained and job.grid:
-            block.settle(desk.kinds, desk.round, processes)
+            block.settle(desk.rounding_kinds, desk.round, processes)
         elif trained or apart:
             block.run()
     return desk.finish(block.name, job.tensors(block.index))

@@ -154,9 +154,16 @@ class Desk:
     @property
     def kinds(self) -> dict[str, type[Statistics]]:
         """The statistics that each weight's solver wants; the first token's weight is for queries, keys and values."""
-        job = self.work.job
-        kinds = dict.fromkeys(self.weights, job.solver.statistics)
-        if job.first_token != 1:
+        return self._kinds(self.work.job.solver.statistics)
+
+    @property
+    def rounding_kinds(self) -> dict[str, type[Statistics]]:
+        """The same of the sweep that rounds trained weights."""
+        return self._kinds(Gram)
+
+    def _kinds(self, kind: Any) -> dict[str, type[Statistics]]:
+        job, kinds = self.work.job, dict.fromkeys(self.weights, kind)
+        if kind is Gram and job.first_token != 1:
             attention: Any = FirstTokens(job.first_token)
             kinds |= {name: attention for name, w in self.weights.items() if w.feeds_attention}
         return kinds
@@ -166,7 +173,9 @@ class Desk:
         job, weight = self.work.job, self.weights[name]
         if weight.source not in self.disk:
             self.disk[weight.source] = job.checkpoint.tensor(weight.source).clone()
-        grid = None if job.reconstruction else job.grid
+        grid = (
+            None if job.reconstruction and weight.block is not None else job.grid
+        )  # then it is trained first
         self._settle(weight, lambda stored: prune_weight(job, weight, stored, statistics, grid))
 
     def round(self, name: str, statistics: Statistics | None) -> None:

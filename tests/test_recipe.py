@@ -1,5 +1,6 @@
 """Recipe files: read as they are written, and one for each published row."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ RECIPES = [Recipe.of(file, {}) for file in CONFIGS]
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_every_published_recipe_is_valid_and_says_its_name(file):
     recipe = Recipe.of(file, {})
-    solver, pattern, *values = file.stem.replace("of", ":").split("-")
+    solver, pattern, *values = file.stem.removesuffix("-dense-reconstruct").replace("of", ":").split("-")
+    beyond = file.stem.endswith("-dense-reconstruct")
+    assert (recipe.targets, recipe.reconstruct) == (("dense", 1) if beyond else ("pruned", 0))
     assert recipe.solver == solver
     wanted = {"dense": "as-is"}.get(pattern, pattern if ":" in pattern else f"{pattern}%")
     assert [str(parse(p)) for p in recipe.pattern] == [wanted]
@@ -30,10 +33,16 @@ def test_every_published_recipe_is_valid_and_says_its_name(file):
 
 
 def test_there_is_a_recipe_for_each_row_of_solver_and_pattern_and_of_swept_values():
-    plain = {(r.solver, *r.pattern) for r in RECIPES if r.values is None}
+    plain = {(r.solver, *r.pattern) for r in RECIPES if r.values is None and not r.reconstruct}
     assert plain == {(s, p) for s in ("magnitude", "wanda", "sparsegpt") for p in ("50%", "2:4", "4:8")}
     swept = {(*r.pattern, r.values) for r in RECIPES if r.values is not None}
     assert swept == {(p, v) for p in ("50%", "2:4", "as-is") for v in ("int8", "int4:32")}
+    measured = json.loads((CONFIGS[0].parents[1] / "benchmarks/results/quality.json").read_text())
+    beyond = {(row["solver"], row["pattern"]) for row in measured if "+" in row["solver"]}
+    trained = [r for r in RECIPES if r.reconstruct]
+    assert beyond == {
+        (f"{r.solver}+targets={r.targets}+reconstruct={r.reconstruct}", *r.pattern) for r in trained
+    }
 
 
 def test_a_pattern_is_not_read_as_a_time_of_day(tmp_path):
