@@ -52,6 +52,9 @@ def add_options(parser: argparse.ArgumentParser, patterns: list[str]) -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--dtype", default="float32", help="of forward passes, in pruning too (default float32)"
+    )
     parser.add_argument("--keep", help="a folder where pruned models stay, and are looked for")
 
 
@@ -140,7 +143,7 @@ def pruned(
             report = prune(
                 folder, out, solver=solver, pattern=(wanted["pattern"],), calibration=source,
                 samples=options.samples, sequence_length=options.sequence_length, seed=options.seed,
-                device=options.device, **given,
+                device=options.device, dtype=options.dtype, **given,
             )  # fmt: skip
         yield (
             out,

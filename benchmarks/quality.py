@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import models, rows
+from llmsparse.device import pick_device
 from llmsparse.eval.evaluate import evaluate
 
-KEY = (*models.IDENTITY, "context", "windows_asked", "data")
-FIGURES = ("perplexity", "standard_error", "tokens", "windows", "bos", "dtype", "device")
+KEY = (*models.IDENTITY, "context", "windows_asked", "data", "device", "dtype")
+FIGURES = ("perplexity", "standard_error", "tokens", "windows", "bos")
 
 
 def main() -> None:
@@ -43,12 +44,18 @@ def _wanted(
 ) -> list[dict[str, Any]]:
     """What identifies each figure, a context each: a row that agrees in all of it is not measured again."""
     model = models.identity(name, folder, solver, pattern, source, options)
+    model |= {"device": _device(options.device), "dtype": options.dtype}
     asked = {512: options.windows_512, 2048: options.windows_2048}
     return [
         {**model, "data": rows.public(data), "context": context, "windows_asked": asked[context]}
         for data in options.data
         for context in options.contexts
     ]
+
+
+def _device(device: str) -> str:
+    """Its type; a GPU that is asked for need not be here, as long as only its rows are shown."""
+    return pick_device(device).type if device == "auto" else device.partition(":")[0]
 
 
 def find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -72,6 +79,7 @@ def _measure(
                 context=row["context"],
                 windows=row["windows_asked"],
                 device=options.device,
+                dtype=options.dtype,
             )
             known = found | found["sources"][0]
             figures = {key: known[key] for key in FIGURES} | {"evaluation_sha256": known["sha256"]}

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--results", default=rows.RESULTS / "values.json")
     options = parser.parse_args()
-    options.seed, options.device = 0, "auto"
+    options.seed, options.device, options.dtype = 0, "auto", "auto"
     for name, folder in map(models.named, options.models):
         for method in methods():
             wanted = _wanted(name, folder, method, options)

@@ -55,7 +55,7 @@ def _measure(
     tasks = ",".join(row["task"] for row in missing)
     with models.pruned(folder, source, missing[0], options) as (model, facts):
         models.say(missing[0], f"scoring {tasks}")
-        found = evaluate(model, tasks=tasks, limit=options.limit, device=options.device)
+        found = evaluate(model, tasks=tasks, limit=options.limit, device=options.device, dtype=options.dtype)
     facts |= {key: found[key] for key in FACTS} | {"seconds_all_tasks": found["seconds"]["tasks"]}
     for wanted, row in zip(missing, found["tasks"], strict=True):
         yield {**wanted, **row, **facts, **rows.provenance(source)}
