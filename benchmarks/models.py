@@ -55,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser, patterns: list[str]) -> None:
     parser.add_argument(
         "--dtype", default="float32", help="of forward passes, in pruning too (default float32)"
     )
+    parser.add_argument("--show", action="store_true", help="measure nothing: print the rows that are there")
     parser.add_argument("--keep", help="a folder where pruned models stay, and are looked for")
 
 
@@ -82,7 +83,7 @@ def measure(
     """
     file, source = Path(options.results), options.calibration or rows.calibration_text()
     for name, folder in map(named, options.models):
-        for solver, pattern in methods(options):
+        for solver, pattern in [] if options.show else methods(options):
             asked = wanted(name, folder, solver, pattern, source, options)
             missing = [row for row in asked if find(rows.read(file), row) is None]
             for row in figures(folder, source, missing, options) if missing else ():

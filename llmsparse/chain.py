@@ -17,11 +17,11 @@ def solver_of(text: str, options: dict[str, Any]) -> Any:
     Raises:
         UserError: an unknown solver, one that cannot hold another, an option that none has, a value that is refused.
     """
-    parts = [part.strip() for part in text.split(":")]
-    makers = [plugins.load("solvers", part).solver for part in parts]
-    given = _given(parts, makers, options)
+    names = [part.strip() for part in text.split(":")]
+    makers = [plugins.load("solvers", name).solver for name in names]
+    given = _given(names, makers, options)
     found = None
-    for part, make, own in zip(reversed(parts), reversed(makers), reversed(given), strict=True):
+    for part, make, own in zip(reversed(names), reversed(makers), reversed(given), strict=True):
         if found is not None:
             if INNER not in options_of(make, inner=True):
                 raise UserError(
@@ -38,9 +38,13 @@ def solver_of(text: str, options: dict[str, Any]) -> Any:
 
 def innermost(solver: Any) -> Any:
     """What the solvers around it hold; a solver that holds none is it."""
-    while hasattr(solver, INNER):
-        solver = getattr(solver, INNER)
-    return solver
+    return parts(solver)[-1]
+
+
+def parts(solver: Any) -> list[Any]:
+    """``solver`` and what it holds, the outermost first."""
+    inner = getattr(solver, INNER, None)
+    return [solver] if inner is None else [solver, *parts(inner)]
 
 
 def options_of(make: Any, inner: bool = False) -> list[str]:

@@ -157,6 +157,8 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
     With ``headers_only`` a hub model's weight files are not downloaded. ``smaller``: what the recipe asks for to make the
     model itself smaller was done already.
     """
+    if recipe.solver is None:
+        recipe = replace(recipe, solver="sparsegpt" if recipe.values else "alps")
     solver = _solver(recipe)
     shrinks, rules = split([rule(text, recipe.scope) for text in recipe.pattern], recipe)
     if shrinks and not rules:
@@ -357,7 +359,8 @@ def _seconds(job: Job) -> float:
             work += sum(
                 1.2 * tokens * w.in_features**2 + 2 * w.in_features**3 for w in own if w.expert is None
             )
-            work += sum(3 * w.out_features * w.in_features**2 for w in job.weights)
+            products = 1.5 + sum(getattr(part, "products", 0) for part in chain.parts(job.solver))
+            work += sum(2 * products * w.out_features * w.in_features**2 for w in job.weights)
     return (
         work / _flops(job.device, job.dtype)
         + 2 * sum(map(job.checkpoint.bytes, job.checkpoint.names())) / 1e9

@@ -31,8 +31,10 @@ def _option(default: Any, text: str) -> Any:
 class Recipe:
     """Every option of ``prune`` and ``plan``; ``None`` means the default that its help states."""
 
-    solver: Any = _option(
-        "sparsegpt", "pruning method, see `llmsparse list solvers`; refit:wanda is refit around wanda"
+    solver: Any | None = _option(
+        None,
+        "pruning method, see `llmsparse list solvers`; refit:wanda is refit around wanda (default: alps, with --values "
+        "sparsegpt)",
     )
     pattern: tuple[Any, ...] = _option(
         ("50%",),
@@ -135,7 +137,8 @@ class Recipe:
         """Plain values, without the token, for the report and for YAML."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token"}
         values = {k: [str(item) for item in v] if isinstance(v, tuple) else v for k, v in values.items()}
-        plugged = {"solver": str(self.solver), "allocate": str(self.allocate)}
+        solver = None if self.solver is None else str(self.solver)
+        plugged = {"solver": solver, "allocate": str(self.allocate)}
         return {**values, **plugged, "values": self.values and str(self.values)}
 
     def options_for(self, owner: str) -> dict[str, Any]:

@@ -398,7 +398,7 @@ def test_what_prune_refuses_the_command_line_says_in_one_line(tmp_path: Path) ->
         (["--pattern", "5:4"], "n must lie between 1 and m-1"),
         (["--pattern", "1:7"], "needs in_features divisible by 7"),
         (["--solver", "wonda"], "solver 'wonda' is unknown; known: admm, alps, magnitude"),
-        (["--set", "dumping=1"], "sparsegpt has no such option; it has"),
+        (["--set", "dumping=1"], "alps has no such option; it has"),
         (["--set", "damping"], "--set damping is not KEY=VALUE"),
         (["--skip", "("], "--skip '(' is not a regular expression"),
         (["--samples", "0"], "--samples 0 must be at least 1"),

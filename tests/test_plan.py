@@ -58,3 +58,14 @@ def test_plan_refuses_what_prune_refuses(options, message, tmp_path):
     for call in (lambda: plan(source, **options), lambda: prune(source, tmp_path / "out", **options)):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_the_estimate_counts_the_products_of_each_solver_of_a_chain(tmp_path, monkeypatch):
+    source = save_tiny("llama", tmp_path / "source")
+    monkeypatch.setattr("llmsparse.plan._flops", lambda device, dtype: 1.0)
+    chosen = [{"solver": "sparsegpt"}, {"solver": "refit:swaps:sparsegpt"}, {}]
+    told = [plan(source, samples=4, sequence_length=32, **one) for one in chosen]
+    size = sum(w["shape"][0] * w["shape"][1] ** 2 for w in told[0]["weights"])
+    plain, chain, default = (one["seconds_estimate"] for one in told)
+    assert chain - plain == pytest.approx(2 * (11 + 13) * size)
+    assert default - plain == pytest.approx(2 * 40 * size)  # alps

@@ -28,7 +28,7 @@ ERRORS = {
     "solver": (lambda s, o: ((s, o), {"solver": "magic"}), "solver 'magic' is unknown; known: .*sparsegpt"),
     "set": (
         lambda s, o: ((s, o), {"set": ["lambda=1"]}),
-        "sparsegpt has no such option; it has damping, chunk",
+        "alps has no such option; it has damping, penalty",
     ),
     "set_value": (lambda s, o: ((s, o), {"set": ["damping=-1"]}), "damping must be positive"),
     "set_form": (lambda s, o: ((s, o), {"set": ["damping"]}), "is not KEY=VALUE"),

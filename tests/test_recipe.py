@@ -1,4 +1,4 @@
-"""Recipe files: read as they are written, and one for each published row."""
+"""Recipe files: read as they are written, and one for each row that is recommended."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from tests.pruned import SMALL
 from tests.tiny import save_tiny
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+CONTEST = ("50%", "2:4", "70%")
 RECIPES = [Recipe.of(file, {}) for file in CONFIGS]
 
 
@@ -32,17 +33,21 @@ def test_every_published_recipe_is_valid_and_says_its_name(file):
     assert f"--recipe configs/{file.name}" in file.read_text()
 
 
-def test_there_is_a_recipe_for_each_row_of_solver_and_pattern_and_of_swept_values():
+def test_each_recommended_row_of_solver_and_pattern_and_of_swept_values_has_a_recipe():
     plain = {(r.solver, *r.pattern) for r in RECIPES if r.values is None and not r.reconstruct}
-    assert plain == {(s, p) for s in ("magnitude", "wanda", "sparsegpt") for p in ("50%", "2:4", "4:8")}
+    tables = {(s, p) for s in ("magnitude", "wanda", "sparsegpt") for p in ("50%", "2:4", "4:8")}
+    assert plain == tables | {("alps", p) for p in CONTEST}
     swept = {(*r.pattern, r.values) for r in RECIPES if r.values is not None}
     assert swept == {(p, v) for p in ("50%", "2:4", "as-is") for v in ("int8", "int4:32")}
     measured = json.loads((CONFIGS[0].parents[1] / "benchmarks/results/quality.json").read_text())
-    beyond = {(row["solver"], row["pattern"]) for row in measured if "+" in row["solver"]}
-    trained = [r for r in RECIPES if r.reconstruct]
-    assert beyond == {
-        (f"{r.solver}+targets={r.targets}+reconstruct={r.reconstruct}", *r.pattern) for r in trained
+    rows = {(row["solver"], row["pattern"]) for row in measured}
+    beyond = {
+        (f"{r.solver}+targets={r.targets}+reconstruct={r.reconstruct}", *r.pattern)
+        for r in RECIPES
+        if r.reconstruct
     }
+    assert beyond == {("alps+targets=dense+reconstruct=1", p) for p in CONTEST}
+    assert plain | beyond <= rows
 
 
 def test_a_pattern_is_not_read_as_a_time_of_day(tmp_path):
@@ -104,7 +109,7 @@ def test_recipe_show_prints_every_option(tmp_path):
     done = CliRunner().invoke(app, ["recipe", "show", str(file)])
     assert done.exit_code == 0
     assert Recipe.of(_saved(tmp_path, done.stdout), {}) == Recipe.of(file, {})
-    assert "solver: sparsegpt" in done.stdout and "token" not in done.stdout
+    assert "solver: null" in done.stdout and "token" not in done.stdout
     assert CliRunner().invoke(app, ["recipe", "draw", str(file)]).exit_code == 2
 
 

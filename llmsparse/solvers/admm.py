@@ -31,6 +31,7 @@ class Admm:
     ridge: float = 0.1
     damping: float = 0.01
     statistics: ClassVar[type[Gram]] = Gram
+    products: ClassVar[int] = 22  # of a weight and its Gram: what `plan` counts
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

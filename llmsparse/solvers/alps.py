@@ -34,6 +34,7 @@ class Alps:
     still: float = 0.01
     steps: int = 10
     statistics: ClassVar[type[Gram]] = Gram
+    products: ClassVar[int] = 40  # of a weight and its Gram, about: what `plan` counts
 
     def __post_init__(self) -> None:
         for name in ("damping", "penalty"):

@@ -25,6 +25,7 @@ class Refit:
     steps: int = 10
     damping: float = 0.01
     statistics: ClassVar[type[Gram]] = Gram
+    products: ClassVar[int] = 11  # of a weight and its Gram: what `plan` counts
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

@@ -30,6 +30,7 @@ class Swaps:
     candidates: int = 24
     damping: float = 0.01
     statistics: ClassVar[type[Gram]] = Gram
+    products: ClassVar[int] = 13  # of a weight and its Gram, at most: what `plan` counts
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
