@@ -160,7 +160,9 @@ def summary(section: dict[str, Any]) -> str:
 
 def refuse_apart(recipe: Any, shrinks: tuple[Shrink, ...]) -> None:
     """Raise UserError for options that have no effect where nothing but ``shrinks`` is asked for."""
-    if given := [name for name in APART if getattr(recipe, name)]:
+    given = [name for name in APART if getattr(recipe, name)]
+    given += [f"set {key}" for key in recipe.options_for("solver")]
+    if given:
         raise UserError(
             f"--{given[0]} goes with a pattern of weights; only {' and '.join(map(str, shrinks))} was asked for, add e.g. "
             "--pattern 2:4"

@@ -165,6 +165,11 @@ REFUSED = {
         "needs biases, and .*down_proj",
     ),
     "skip": ("llama", {"pattern": "width:25%", "skip": ["mlp"]}, "--skip goes with a pattern of weights"),
+    "solver_option": (
+        "llama",
+        {"pattern": "width:25%", "set": ["damping=0.1"]},
+        "--set damping goes with a pattern of weights",
+    ),
     "later": ("llama", {"pattern": ["width:25%", "3:7"]}, "needs in_features divisible by 7"),
 }
 
