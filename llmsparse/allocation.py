@@ -152,6 +152,13 @@ class Target:
                 rest -= fewer
         return {name: chosen[name] for name in self.patterns}
 
+    def nearest(self, levels: dict[str, Levels], wanted: dict[str, float]) -> dict[str, Choice]:
+        """The choices whose sparsities are the nearest to ``wanted``, in the mean square over all weights."""
+        damage = {}
+        for name, each in levels.items():
+            damage[name] = each.unit * each.of * (each.parts / each.of - wanted[name]) ** 2
+        return self.divide(levels, damage)
+
     def _divided(self, pattern: Divided, curves: list[Curve]) -> tuple[list[int], int]:
         """A level for each curve, and how many parameters less than was asked they keep."""
         asked = self.asked(pattern)
@@ -185,6 +192,11 @@ def parts_of(weight: Weight, pattern: Divided) -> int:
 def kept(pattern: Divided, count: int) -> int:
     """How many of ``count`` weights ``pattern`` keeps."""
     return count * pattern.n // pattern.m if isinstance(pattern, NM) else count - pattern.pruned(count)
+
+
+def sparsity_of(pattern: Divided) -> float:
+    """The share that ``pattern`` prunes."""
+    return 1 - pattern.n / pattern.m if isinstance(pattern, NM) else pattern.sparsity
 
 
 def _takes_any(pattern: Divided) -> bool:

@@ -2,12 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from llmsparse.allocation import Levels, Memory, Target, check_positive
+from llmsparse.allocation import Divided, Levels, Memory, Target, check_positive, sparsity_of
 from llmsparse.dense_model import DenseModel
 from llmsparse.pattern import Pattern
 from llmsparse.skeleton import Weight
@@ -39,21 +37,19 @@ class Owl:
 
         dense.observe(dict.fromkeys(target.weights, SquaredNorm), self.windows, visit)
         levels = target.levels()
-        damage: dict[str, np.ndarray] = {}
+        wanted: dict[str, float] = {}
         for pattern, names in target.groups.items():
-            wanted = self._wanted([levels[name] for name in names], outliers, pattern)
-            for name in names:
-                each = levels[name]
-                damage[name] = each.unit * each.of * (each.parts / each.of - wanted[each.weight.block]) ** 2
-        return target.chosen(levels, target.divide(levels, damage))
+            places = self._wanted([levels[name] for name in names], outliers, pattern)
+            wanted |= {name: places[target.weights[name].block] for name in names}
+        return target.chosen(levels, target.nearest(levels, wanted))
 
-    def _wanted(self, levels: list[Levels], outliers: dict[str, int], pattern: Any) -> dict[Place, float]:
+    def _wanted(self, levels: list[Levels], outliers: dict[str, int], pattern: Divided) -> dict[Place, float]:
         """The sparsity of each block: the mean's, less for more outliers."""
         sizes, found = Counter[Place](), Counter[Place]()
         for each in levels:
             sizes[each.weight.block] += each.unit * each.of
             found[each.weight.block] += outliers[each.weight.name]
-        mean = getattr(pattern, "sparsity", None) or 1 - pattern.n / pattern.m
+        mean = sparsity_of(pattern)
         kept = spread({place: found[place] / sizes[place] for place in sizes}, sizes, self.spread)
         return {place: mean - more for place, more in kept.items()}
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from llmsparse.allocation import Choice, Levels, Memory, Target, check_positive
+from llmsparse.allocation import Choice, Levels, Memory, Target, check_positive, sparsity_of
 from llmsparse.allocators.error import Error, by_rows
 from llmsparse.dense_model import DenseModel
 from llmsparse.errors import UserError
@@ -26,7 +26,8 @@ Choices = dict[str, Choice]
 class Search:
     """Options: so many ``generations`` of ``offspring``, judged on the last ``fitness`` windows of the calibration text.
 
-    The first parent is what ``error`` finds with the same ``bound``, ``damping`` and ``windows``. A pair of weights
+    The first parent is what ``error`` finds with the same ``bound``, ``damping`` and ``windows``, or the uniform
+    allocation where that is nearer to the dense model. A pair of weights
     trades about ``step`` of the smaller one. The whole model is in memory twice, on the device and on the host, besides
     the dense logits of the fitness windows and, for ``refit`` steps of conjugate gradients a level, one Gram matrix
     (in, in) float32 for each distinct input; without refit a vector for each.
@@ -75,8 +76,13 @@ class Search:
         """The survivor of all generations; each is remembered with the divergence of its survivor."""
         if memory.state is not None:
             parent = {name: Choice(*choice) for name, choice in memory.state["choices"].items()}
-        trial.put(parent)
-        history = memory.state["kl"] if memory.state is not None else [trial.divergence()]
+            trial.put(parent)
+            history = memory.state["kl"]
+        else:
+            trial.put(parent)
+            parent, least = fittest(trial, parent, trial.divergence(), [mutations.uniform()])
+            history = [least]
+            memory.save({"choices": parent, "kl": history})
         progress.start("search", self.generations)
         for generation in range(1, self.generations + 1):
             if generation >= len(history):
@@ -110,6 +116,11 @@ class Mutations:
     target: Target
     levels: dict[str, Levels]
     step: float
+
+    def uniform(self) -> Choices:
+        """Every weight as near to its own pattern as whole levels and the budget allow."""
+        wanted = {name: sparsity_of(pattern) for name, pattern in self.target.patterns.items()}
+        return self.target.nearest(self.levels, wanted)
 
     def child(self, parent: Choices, chance: random.Random) -> Choices:
         """``parent`` after a few trades, fewer more often, at the same cost in parameters and at no more in others."""

@@ -51,7 +51,10 @@ def test_the_zeros_on_disk_are_exactly_as_many_as_were_asked_for(
     patterns = {w["pattern"] for w in weights.values()}
     if (allocator, pattern) == ("owl", "2:4"):  # its blocks differ by less than half a step
         assert patterns == {"2:4"}
-    else:
+    elif (allocator, pattern) != (
+        "search",
+        "2:4",
+    ):  # which finds nothing nearer than uniform in three generations
         assert len(patterns) > 2
     assert {m for _, colon, m in (p.partition(":") for p in patterns)} <= {"", "4"}
 
@@ -141,7 +144,8 @@ def test_bytes_and_time_stay_within_a_step_of_the_budget(
     got = sum(target.cost(name, parse(w["pattern"])) for name, w in weights.items())
     assert told["asked"] == pytest.approx(asked) and told["got"] == pytest.approx(got, rel=1e-6)
     assert told["got"] <= told["asked"]
-    assert len({w["pattern"] for w in weights.values()}) > 1
+    if (allocator, pattern) != ("search", "2:4"):  # as above
+        assert len({w["pattern"] for w in weights.values()}) > 1
     for name, levels in target.levels(0.1).items():
         costs = [target.cost(name, levels.at(Choice(int(parts)))) for parts in levels.parts]
         mine = target.cost(name, parse(weights[name]["pattern"]))

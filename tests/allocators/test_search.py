@@ -64,6 +64,25 @@ def test_generations_never_diverge_further_and_the_last_is_the_report(llama, tmp
     assert len(history) == 4 and history == sorted(history, reverse=True) and history[-1] < history[0]
 
 
+@pytest.mark.parametrize("pattern", ["60%", "4:8"])
+def test_the_first_parent_is_no_further_than_the_uniform_allocation(
+    pattern, llama, tmp_path, text, monkeypatch
+):
+    tried = []
+    monkeypatch.setattr(
+        search, "fittest", lambda trial, parent, least, children: tried.append(children) or (children[0], 0.5)
+    )
+    report, _ = run(llama, tmp_path / "out", text, pattern=pattern, **settings("search"))
+    assert report["allocation"]["kl"][0] == 0.5  # of the child, which then was the parent
+    (uniform,) = tried[0]
+    dense, target = small(llama, text, pattern=pattern)
+    levels = target.levels()
+    for name, choice in uniform.items():
+        each = levels[name]
+        asked = 0.6 if pattern == "60%" else 0.5
+        assert choice.parts == pytest.approx(asked * each.of, abs=2)
+
+
 @pytest.mark.parametrize("budget", ["parameters", "bytes"])
 def test_every_child_costs_what_its_parent_does(budget, llama, text):
     dense, target = small(llama, text, budget=budget)
@@ -99,7 +118,7 @@ def test_a_search_killed_in_any_generation_goes_on_to_the_same_bytes(llama, tmp_
     with pytest.raises(KeyboardInterrupt):
         run(llama, tmp_path / "out", text, resume=True, **options)
     report, _ = run(llama, tmp_path / "out", text, resume=True, **options)
-    assert len(calls) == 5  # three generations, two of them begun twice
+    assert len(calls) == 6  # the first judgement and three generations, two of the four begun twice
     assert report["allocation"]["kl"] == whole["allocation"]["kl"]
     assert hashes(tmp_path / "out") == hashes(tmp_path / "expected")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
