@@ -13,6 +13,7 @@ from llmsparse import chain
 from llmsparse.allocation import Allocator, allocator_of
 from llmsparse.calibration import SELF, Calibration, calibrate, parse_sources
 from llmsparse.checkpoint import Checkpoint
+from llmsparse.coordinates import KEPT
 from llmsparse.device import available_memory, forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
@@ -25,6 +26,7 @@ from llmsparse.rules import assign, rule
 from llmsparse.sampling import Sampler, Sampling, Unwritten
 from llmsparse.shrinking import Shrink, refuse_apart, split
 from llmsparse.skeleton import Skeleton, Weight
+from llmsparse.solution import Needs
 from llmsparse.statistics import Gram
 
 
@@ -312,7 +314,7 @@ def _memory(job: Job) -> dict[str, int]:
     inside = sum(w.out_features * w.in_features * job.checkpoint.dtype(w.source).itemsize for w in weights)
     outside = sum(job.checkpoint.bytes(n) for n in job.checkpoint.names()) - inside
     largest = job.weights or weights  # what makes a model smaller solves some of all of them
-    solve = 4 * max(4 * w.out_features * w.in_features + 5 * w.in_features**2 for w in largest)
+    solve = max(_solve_bytes(each, w.out_features, w.in_features) for w in largest for each in _needs(job))
     waiting = hidden = 0
     if job.solver.statistics is not None:
         batch = min(job.batch_size(), recipe.samples)
@@ -338,6 +340,18 @@ def _memory(job: Job) -> dict[str, int]:
     }
 
 
+def _needs(job: Job) -> list[Needs]:
+    """Of the solver and of those that it holds."""
+    return [getattr(part, "needs", Needs()) for part in chain.parts(job.solver)]
+
+
+def _solve_bytes(needs: Needs, out: int, inputs: int) -> int:
+    """Float32 tensors of one solve, and the inverses that are kept: at least one, however large."""
+    square = 4 * inputs**2
+    kept = min(needs.inverses * square, max(KEPT, square))
+    return needs.weights * 4 * out * inputs + needs.squares * square + kept
+
+
 def _seconds(job: Job) -> float:
     """A forward pass, the Grams of distinct inputs and the solves, at the measured speed of a matrix product."""
     recipe = job.recipe
@@ -359,7 +373,7 @@ def _seconds(job: Job) -> float:
             work += sum(
                 1.2 * tokens * w.in_features**2 + 2 * w.in_features**3 for w in own if w.expert is None
             )
-            products = 1.5 + sum(getattr(part, "products", 0) for part in chain.parts(job.solver))
+            products = sum(each.products for each in _needs(job))
             work += sum(2 * products * w.out_features * w.in_features**2 for w in job.weights)
     return (
         work / _flops(job.device, job.dtype)

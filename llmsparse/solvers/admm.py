@@ -10,7 +10,7 @@ from llmsparse.coordinates import scaled
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import Pattern, keep_largest
-from llmsparse.solution import Solution
+from llmsparse.solution import Needs, Solution
 from llmsparse.solvers.sparsegpt import rounded
 from llmsparse.statistics import Gram
 
@@ -31,7 +31,7 @@ class Admm:
     ridge: float = 0.1
     damping: float = 0.01
     statistics: ClassVar[type[Gram]] = Gram
-    products: ClassVar[int] = 22  # of a weight and its Gram: what `plan` counts
+    needs: ClassVar[Needs] = Needs(products=22, weights=7, squares=6, inverses=1)
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

@@ -10,7 +10,7 @@ from llmsparse.coordinates import Scaled, scaled
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import Pattern
-from llmsparse.solution import Solution
+from llmsparse.solution import Needs, Solution
 from llmsparse.solvers.refit import refit
 from llmsparse.solvers.sparsegpt import rounded
 from llmsparse.statistics import Gram
@@ -34,7 +34,7 @@ class Alps:
     still: float = 0.01
     steps: int = 10
     statistics: ClassVar[type[Gram]] = Gram
-    products: ClassVar[int] = 40  # of a weight and its Gram, about: what `plan` counts
+    needs: ClassVar[Needs] = Needs(products=40, weights=9, squares=6, inverses=12)
 
     def __post_init__(self) -> None:
         for name in ("damping", "penalty"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import Pattern
-from llmsparse.solution import Solution
+from llmsparse.solution import Needs, Solution
 from llmsparse.solvers.sparsegpt import SparseGPT, rounded
 from llmsparse.statistics import Gram, narrowed
 
@@ -25,7 +25,7 @@ class Refit:
     steps: int = 10
     damping: float = 0.01
     statistics: ClassVar[type[Gram]] = Gram
-    products: ClassVar[int] = 11  # of a weight and its Gram: what `plan` counts
+    needs: ClassVar[Needs] = Needs(products=11, weights=8, squares=2)
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import Pattern
-from llmsparse.solution import Solution, masked
+from llmsparse.solution import Needs, Solution, masked
 from llmsparse.solvers.sparsegpt import rounded
 from llmsparse.solvers.wanda import Wanda
 from llmsparse.statistics import Gram, narrowed
@@ -30,7 +30,7 @@ class Swaps:
     candidates: int = 24
     damping: float = 0.01
     statistics: ClassVar[type[Gram]] = Gram
-    products: ClassVar[int] = 13  # of a weight and its Gram, at most: what `plan` counts
+    needs: ClassVar[Needs] = Needs(products=13, weights=9, squares=2)
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
