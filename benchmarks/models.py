@@ -6,6 +6,9 @@ A method is a solver, and after each + an option of prune: ``refit:wanda``, ``al
 import argparse
 import contextlib
 import json
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,9 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
 from benchmarks import rows
 from llmsparse.checkpoint import Checkpoint
+from llmsparse.plan import prepare
 from llmsparse.prune import prune
+from llmsparse.recipe import Recipe
+
+PEER = "llm-compressor"  # the method that is its SparseGPT
 
 IDENTITY = (
     "model",
@@ -138,6 +149,9 @@ def pruned(
         out = Path(
             place, f"{folder.name}-{name}-{pattern}" + (f"-seed{wanted['seed']}" if wanted["seed"] else "")
         )
+        if solver == PEER:
+            yield out, _by_llm_compressor(folder, out, source, wanted, options)
+            return
         report = _kept(folder, out, wanted)
         if report is None:
             say(wanted, "pruning")
@@ -158,6 +172,35 @@ def pruned(
                 "warnings": report["warnings"],
             },
         )
+
+
+def _by_llm_compressor(
+    folder: Path, out: Path, source: str, wanted: dict[str, Any], options: Any
+) -> dict[str, Any]:
+    """Prune by ``benchmarks/llm_compressor.py`` on the tokens that ``prune`` would take; facts as those of ``pruned``."""
+    python = os.environ.get("LLM_COMPRESSOR_PYTHON")
+    if not python:
+        raise SystemExit(f"error: {PEER} needs LLM_COMPRESSOR_PYTHON, a Python that has llmcompressor")
+    say(wanted, f"pruning by {python}")
+    asked = {"calibration": source, "samples": options.samples, "sequence_length": options.sequence_length}
+    text = prepare(folder, Recipe.of(None, {**asked, "seed": options.seed})).calibrate()
+    assert text is not None
+    with tempfile.TemporaryDirectory() as place:
+        ids = Path(place, "ids.npy")
+        np.save(ids, text.windows.numpy())
+        script = Path(__file__).with_name("llm_compressor.py")
+        command = [python, str(script), str(folder), str(ids), str(out), wanted["pattern"]]
+        told = json.loads(
+            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+        )
+    for file in folder.glob("*.json"):
+        shutil.copyfile(file, out / file.name)  # the tokenizer, and a config that says nothing of sparsity
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    with torch.no_grad():
+        loss = float(model(text.windows[:1], labels=text.windows[:1]).loss)
+    if abs(loss - told.pop("dense_loss")) > 1e-3:
+        raise SystemExit(f"error: {PEER} reads {folder} as another model")
+    return {**told, "tokens_sha256": text.sha256, "prune_dtype": "float32"}
 
 
 def _kept(folder: Path, out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
