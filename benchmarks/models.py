@@ -190,9 +190,9 @@ def _by_llm_compressor(
         np.save(ids, text.windows.numpy())
         script = Path(__file__).with_name("llm_compressor.py")
         command = [python, str(script), str(folder), str(ids), str(out), wanted["pattern"]]
-        told = json.loads(
-            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
-        )
+        own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=own)
+        told = json.loads(done.stdout.splitlines()[-1])
     for file in folder.glob("*.json"):
         shutil.copyfile(file, out / file.name)  # the tokenizer, and a config that says nothing of sparsity
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
