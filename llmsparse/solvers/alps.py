@@ -62,14 +62,15 @@ class Alps:
         rung = moves = 0
         mask = before = pattern.select(target.abs())
         sparse, dual = torch.where(mask, target, 0.0), torch.zeros_like(target)
-        free = target
-        for iteration in range(1, self.iterations + 1):
+        free, pulled = torch.empty_like(target), torch.empty_like(target)
+        for iteration in range(1, self.iterations + 1):  # tensors are written over, see refit
             penalty = self.penalty * LADDER**rung
-            free = (wanted - dual + penalty * sparse) @ problem.inverse(penalty)
-            pulled = free + dual / penalty
+            torch.add(wanted, sparse, alpha=penalty, out=pulled).sub_(dual)
+            torch.mm(pulled, problem.inverse(penalty), out=free)
+            torch.add(free, dual, alpha=1 / penalty, out=pulled)
             mask = pattern.select(pulled.abs())
-            sparse = torch.where(mask, pulled, 0.0)
-            dual += penalty * (free - sparse)
+            torch.mul(pulled, mask, out=sparse)
+            dual.add_(free, alpha=penalty).sub_(sparse, alpha=penalty)
             if iteration % self.every == 0:
                 moved = int((mask ^ before).count_nonzero()) / 2 / max(int(mask.count_nonzero()), 1)
                 moves += moved > self.still

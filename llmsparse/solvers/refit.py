@@ -54,19 +54,20 @@ def refit(weight: Tensor, start: Tensor, mask: Tensor, gram: Tensor, steps: int)
     All (out, in), ``gram`` (in, in) positive definite. Conjugate gradients with the diagonal as preconditioner; rows
     are problems of their own, so each has its own step lengths. No step raises a row's error but by rounding.
     """
-    diagonal = gram.diagonal()
+    diagonal, kept = gram.diagonal(), mask.to(gram)
     found = torch.where(mask, start, 0.0)
-    residual = torch.where(mask, (weight - found) @ gram, 0.0)
+    residual = ((weight - found) @ gram).mul_(kept)
     ahead = residual / diagonal
-    direction, power = ahead, (residual * ahead).sum(1, keepdim=True)
-    for _ in range(steps):
-        curved = torch.where(mask, direction @ gram, 0.0)
-        length = _quotient(power, (direction * curved).sum(1, keepdim=True))
-        found = found + length * direction
-        residual = residual - length * curved
-        ahead = residual / diagonal
-        before, power = power, (residual * ahead).sum(1, keepdim=True)
-        direction = ahead + _quotient(power, before) * direction
+    direction, power = ahead.clone(), (residual * ahead).sum(1, keepdim=True)
+    curved, product = torch.empty_like(residual), torch.empty_like(residual)
+    for _ in range(steps):  # written over: on a CPU new tensors would take as long as the products
+        torch.mm(direction, gram, out=curved).mul_(kept)
+        length = _quotient(power, torch.mul(direction, curved, out=product).sum(1, keepdim=True))
+        found.addcmul_(direction, length)
+        residual.addcmul_(curved, length, value=-1)
+        torch.div(residual, diagonal, out=ahead)
+        before, power = power, torch.mul(residual, ahead, out=product).sum(1, keepdim=True)
+        direction.mul_(_quotient(power, before)).add_(ahead)
     return found
 
 
