@@ -241,13 +241,13 @@ def test_the_first_token_counts_more_for_attention_with_values_and_as_asked(tmp_
 
     monkeypatch.setattr(SparseGPT, "__call__", spy)
     given = {"calibration": text, **SMALL}
-    prune(source, tmp_path / "plain", **given)
+    prune(source, tmp_path / "plain", solver="sparsegpt", **given)
     assert set(seen) == {1.0}
     seen.clear()
     prune(source, tmp_path / "values", values="int4:32", **given)
     assert seen == {SMALL["sequence_length"] / 2: {(32, 32), (16, 32)}, 1.0: {(32, 32), (64, 32), (32, 64)}}
     seen.clear()
-    prune(source, tmp_path / "asked", set=("first_token=3",), **given)
+    prune(source, tmp_path / "asked", solver="sparsegpt", set=("first_token=3",), **given)
     assert set(seen) == {1.0, 3.0}
 
 

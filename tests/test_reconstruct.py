@@ -107,7 +107,7 @@ def test_training_that_does_not_help_changes_nothing(tmp_path):
 @pytest.mark.parametrize("targets", ["pruned", "dense"])
 def test_reconstructed_model_has_its_masks_and_is_nearer_to_the_dense_one(family, targets, tmp_path, text):
     source = save_tiny(family, tmp_path / "source")
-    options = {"pattern": "2:4", "calibration": text, "targets": targets, **RUN}
+    options = {"solver": "sparsegpt", "pattern": "2:4", "calibration": text, "targets": targets, **RUN}
     prune(source, tmp_path / "plain", **options)
     report = prune(source, tmp_path / "out", reconstruct=3, **options)
     found = tensors(tmp_path / "out")

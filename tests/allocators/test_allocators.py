@@ -291,7 +291,8 @@ def test_an_allocator_of_ones_own_is_an_object(llama, tmp_path, text):
 
 
 def test_the_plan_says_that_patterns_will_be_divided(llama, text):
-    found = plan(llama, calibration=text, allocate="search", samples=1, sequence_length=8, batch_size=1)
+    given = {"solver": "sparsegpt", "samples": 1, "sequence_length": 8, "batch_size": 1}
+    found = plan(llama, calibration=text, allocate="search", **given)
     assert "search will divide them" in found["warnings"][0]
     hidden = 8 * 32 * 4  # a window's states; the model in float32 twice is more than all else
     assert found["peak_host_bytes"] == 2 * 4 * found["coverage"]["all_parameters"] + hidden
