@@ -34,9 +34,8 @@ def main(model: str, ids: str, out: str, pattern: str) -> dict[str, Any]:
         asked = {"sparsity": float(pattern.removesuffix("%")) / 100, "mask_structure": "0:0"}
     text = {"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()}
     config = AutoConfig.from_pretrained(model)
-    if parameters := getattr(
-        config, "rope_parameters", None
-    ):  # as transformers 5 writes it, and 4 does not read it
+    # transformers 5 writes it, and 4 does not read it
+    if parameters := getattr(config, "rope_parameters", None):
         config.rope_theta = parameters["rope_theta"]
     dense = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
     with torch.no_grad():

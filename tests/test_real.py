@@ -19,19 +19,9 @@ def run(*arguments):
 def test_smollm2_is_pruned_reloaded_and_evaluated(smollm2, tmp_path):
     out = tmp_path / "smollm2-2of4"
     report = run(
-        "prune",
-        smollm2,
-        out,
-        "--solver",
-        "sparsegpt",
-        "--pattern",
-        "2:4",
-        "--samples",
-        3,
-        "--sequence-length",
-        256,
-        "--json",
-    )
+        "prune", smollm2, out, "--solver", "sparsegpt", "--pattern", "2:4", "--samples", 3,
+        "--sequence-length", 256, "--json",
+    )  # fmt: skip
     assert report["coverage"]["pruned_parameters"] == 106_168_320
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
