@@ -1,6 +1,7 @@
 """The models whose quality is measured: dense, and pruned by each method to each pattern.
 
-A method is a solver, and after each + an option of prune: ``refit:wanda``, ``alps+targets=dense+reconstruct=1``.
+A method is a solver, and after each + an option of prune, or of --set where its name has a dot: ``refit:wanda``,
+``alps+targets=dense+reconstruct=1``, ``refit:wanda+refit.steps=5``.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def identity(name: str, folder: Path, solver: str, pattern: str, source: str, op
         "solver": solver,
         "pattern": pattern,
         "calibration": rows.public(source),
-        "calibration_sha256": rows.sha256(Path(source)) if Path(source).is_file() else source,
+        "calibration_sha256": rows.sha256(Path(source)) if Path(source).is_file() else rows.public(source),
         "samples": options.samples,
         "sequence_length": options.sequence_length,
         "seed": options.seed,
@@ -129,8 +130,10 @@ def _model_hash(folder: Path) -> str:
 def method(text: str) -> tuple[str, dict[str, Any]]:
     """The solver of a method, and its other options as ``prune`` takes them."""
     solver, *pairs = text.split("+")
-    given = dict(pair.split("=", 1) for pair in pairs)
-    return solver, {key: int(value) if value.isdigit() else value for key, value in given.items()}
+    given = dict(pair.split("=", 1) for pair in pairs if "." not in pair.split("=")[0])
+    options: dict[str, Any] = {key: int(value) if value.isdigit() else value for key, value in given.items()}
+    settings = [pair for pair in pairs if "." in pair.split("=")[0]]
+    return solver, options | ({"set": settings} if settings else {})
 
 
 @contextlib.contextmanager

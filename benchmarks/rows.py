@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -59,8 +60,14 @@ def _command() -> str:
 
 
 def public(argument: str | Path) -> str:
-    """``argument`` without a machine's folders: named from $LLMSPARSE_DATA on, or by its last part alone."""
+    """``argument`` without a machine's folders: named from $LLMSPARSE_DATA on, or by its last part alone.
+
+    Of sources with weights (a=0.5,b=0.5) each is named so.
+    """
     text = str(argument)
+    if re.fullmatch(r"[^,]+=[\d.]+(,[^,]+=[\d.]+)+", text):
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        return ",".join(f"{public(path)}={weight}" for path, _, weight in pairs)
     name, equals, path = text.rpartition("=")
     folder = os.environ.get("LLMSPARSE_DATA")
     if folder and path.startswith(folder):
