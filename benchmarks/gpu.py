@@ -78,7 +78,7 @@ def steps(out: Path | None) -> list[Step]:
     ]
     speed = python("benchmarks.prune_speed", "--device", "cuda", "--runs", "1", *results("prune_speed"))
     return [
-        Step("numerics", python("pytest", *tests), 0.3, _missing("pytest"), minutes=False),
+        Step("numerics", python("pytest", *tests), 0.4, _missing("pytest"), minutes=False),
         Step("gpu_kernels", python("benchmarks.gpu_kernels", *results("gpu_kernels")), 0.55),
         Step("gpu_prune", python("benchmarks.gpu_prune", *results("gpu_prune")), 1.0),
         Step("prune_speed", speed, 1.0, _no_model(), minutes=False, least=100),

@@ -55,7 +55,7 @@ def _parse() -> argparse.Namespace:
         "--device", default="cuda", help="with cpu no rows are kept unless --results is given"
     )
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--few", type=int, default=4, help="blocks that are measured first (default 4)")
+    parser.add_argument("--few", type=int, default=4, help="blocks that are measured first, fewer in too few minutes (default 4)")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="narrower, to try the benchmark out")
     parser.add_argument("--samples", type=int, default=128)
@@ -78,13 +78,13 @@ class Bench:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A few blocks by every solver and pattern; then all of them, by the first."""
-        few, blocks = self.options.few, self.options.blocks
+        blocks = self.options.blocks
         cases = [(solver, pattern) for solver in self.options.solvers for pattern in self.options.patterns]
         self._warm_up()
         one = self._run(*cases[0], 1, 0.0)
         if one:
             yield one
-        longer = []
+        few, longer = self._few(one) if one else 0, []
         for case in cases if one else []:
             row = self._run(*case, few, longer[-1]["process_seconds"] if longer else 0.0)
             if row:
@@ -97,6 +97,11 @@ class Bench:
             whole = self._run(*cases[0], blocks, estimate)
             if whole:
                 yield whole
+
+    def _few(self, one: dict[str, Any]) -> int:
+        """--few, or the most blocks, of at least two, whose first run ends in time if each costs no more than ``one``."""
+        room = (self.end - time.monotonic()) / MARGIN - one["process_seconds"]
+        return min(self.options.few, max(2, 1 + int(room / one["seconds"])))
 
     def _warm_up(self) -> None:
         """A tiny run, thrown away: the first process reads libraries from a cold disk."""

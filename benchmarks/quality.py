@@ -32,11 +32,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", default=["wikitext2"])
     parser.add_argument("--plot", help="a file for perplexity against seconds of pruning, SVG or PNG")
     parser.add_argument(
-        "--windows-512", type=int, default=64, help="first windows at context 512 (default 64)"
+        "--windows-512", type=_windows, default=64, help="first windows at context 512, or all (default 64)"
     )
-    parser.add_argument("--windows-2048", type=int, help="first windows at context 2048 (default: all)")
+    parser.add_argument("--windows-2048", type=_windows, help="first windows at context 2048 (default all)")
     parser.add_argument("--results", default=rows.RESULTS / "quality.json")
     return parser.parse_args()
+
+
+def _windows(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
 
 def _wanted(

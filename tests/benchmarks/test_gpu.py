@@ -113,6 +113,12 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch, tmp_path) -> None:
     assert made.left[0].startswith("sparsegpt 50%, 32 blocks: about 124 s, and 1")
 
 
+def test_fewer_blocks_are_measured_where_the_minutes_would_not_do(monkeypatch, tmp_path) -> None:
+    made = bench(monkeypatch, tmp_path, minutes=0.75)  # 45 s: a margin, 15 s for one block, 10 s for each other
+    made.models[3] = (tmp_path, 0, 2.0)
+    assert [row["blocks"] for row in made.rows()] == [1, 3, 3] and not made.failed
+
+
 def test_a_run_that_fails_does_not_stop_the_others(monkeypatch, tmp_path) -> None:
     made = bench(monkeypatch, tmp_path, bad="2:4")
     assert [row["blocks"] for row in made.rows()] == [1, 4, 32]
