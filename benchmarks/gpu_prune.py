@@ -55,7 +55,12 @@ def _parse() -> argparse.Namespace:
         "--device", default="cuda", help="with cpu no rows are kept unless --results is given"
     )
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--few", type=int, default=4, help="blocks that are measured first, fewer in too few minutes (default 4)")
+    parser.add_argument(
+        "--few",
+        type=int,
+        default=4,
+        help="blocks that are measured first, fewer in too few minutes (default 4)",
+    )
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="narrower, to try the benchmark out")
     parser.add_argument("--samples", type=int, default=128)
