@@ -65,7 +65,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=4096, help="narrower, to try the benchmark out")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--solvers", nargs="+", default=["sparsegpt"])
+    parser.add_argument("--solvers", nargs="+", default=["sparsegpt", "alps"])
     parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
     parser.add_argument("--results", help="default: gpu_prune.json")
     return parser.parse_args()
@@ -84,7 +84,7 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         """A few blocks by every solver and pattern; then all of them, by the first."""
         blocks = self.options.blocks
-        cases = [(solver, pattern) for solver in self.options.solvers for pattern in self.options.patterns]
+        cases = [(solver, pattern) for pattern in self.options.patterns for solver in self.options.solvers]
         self._warm_up()
         one = self._run(*cases[0], 1, 0.0)
         if one:

@@ -7,6 +7,7 @@ A method is a solver, and after each + an option of prune, or of --set where its
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,9 @@ AS_ASKED = (
     "seed",
 )  # what the report of a kept model must agree in
 
+TIMES = {"prune_seconds", "solve_seconds", "peak_memory"}
+BESIDE = "measured beside other cells on the same device, so without its times"
+
 Wanted = Callable[[str, Path, str, str, str, Any], list[dict[str, Any]]]
 
 _hashes: dict[Path, str] = {}
@@ -68,6 +73,9 @@ def add_options(parser: argparse.ArgumentParser, patterns: list[str]) -> None:
         "--dtype", default="float32", help="of forward passes, in pruning too (default float32)"
     )
     parser.add_argument("--show", action="store_true", help="measure nothing: print the rows that are there")
+    parser.add_argument(
+        "--beside", type=int, default=1, help="cells that are measured at once, without times (default 1)"
+    )
     parser.add_argument("--keep", help="a folder where pruned models stay, and are looked for")
 
 
@@ -95,12 +103,44 @@ def measure(
     """
     file, source = Path(options.results), options.calibration or rows.calibration_text()
     for name, folder in map(named, options.models):
+        cells = []
         for solver, pattern in [] if options.show else methods(options):
             asked = wanted(name, folder, solver, pattern, source, options)
-            missing = [row for row in asked if find(rows.read(file), row) is None]
-            for row in figures(folder, source, missing, options) if missing else ():
-                rows.append(file, row)
+            cells.append([row for row in asked if find(rows.read(file), row) is None])
+        for row in _measured(figures, folder, source, list(filter(None, cells)), options):
+            rows.append(file, row)
         print(f"\n{name}\n\n{table(rows.read(file), name, folder, source, options)}")
+
+
+def _measured(
+    figures: Callable[..., Any], folder: Path, source: str, cells: list[list[dict[str, Any]]], options: Any
+) -> Iterator[dict[str, Any]]:
+    """The rows of the cells, one after the other; or as they end, of --beside cells at once, without times."""
+    if options.beside == 1:
+        for missing in cells:
+            yield from figures(folder, source, missing, options)
+        return
+    here = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.beside, here, torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(_cell, figures, folder, source, missing, options): missing for missing in cells}
+        failed = []
+        for done in as_completed(running):
+            if error := done.exception():
+                row = running[done][0]
+                failed.append(f"{row['solver']} {row['pattern']}: {rows.reason(error)}")
+            else:
+                yield from done.result()
+    if failed:
+        raise SystemExit("\n".join(["error: cells that failed", *failed]))
+
+
+def _cell(
+    figures: Callable[..., Any], folder: Path, source: str, missing: list[dict[str, Any]], options: Any
+) -> list[dict[str, Any]]:
+    return [
+        {**row, **dict.fromkeys(row.keys() & TIMES), "note": BESIDE}
+        for row in figures(folder, source, missing, options)
+    ]
 
 
 def identity(name: str, folder: Path, solver: str, pattern: str, source: str, options: Any) -> dict[str, Any]:

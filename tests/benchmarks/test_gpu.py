@@ -114,7 +114,9 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch, tmp_path) -> None:
 
 
 def test_fewer_blocks_are_measured_where_the_minutes_would_not_do(monkeypatch, tmp_path) -> None:
-    made = bench(monkeypatch, tmp_path, minutes=0.75)  # 45 s: a margin, 15 s for one block, 10 s for each other
+    made = bench(
+        monkeypatch, tmp_path, minutes=0.75
+    )  # 45 s: a margin, 15 s for one block, 10 s for each other
     made.models[3] = (tmp_path, 0, 2.0)
     assert [row["blocks"] for row in made.rows()] == [1, 3, 3] and not made.failed
 
