@@ -89,7 +89,8 @@ def _quality(folder: Path, wanted: dict[str, Any], options: Any) -> dict[str, An
     file = export(pruned, gguf, format="gguf", overwrite=True)["file"]
     export(pruned, packed, overwrite=True)
     models.say(wanted, "perplexity")
-    score = evaluate(pruned, "wikitext2", context=options.context, windows=options.windows, dtype="float32")
+    found = evaluate(pruned, "wikitext2", context=options.context, windows=options.windows, dtype="float32")
+    score = found["sources"][0]
     return {
         **wanted, "perplexity": score["perplexity"], "standard_error": score["standard_error"],
         "gguf_bytes": (gguf / file).stat().st_size, "packed_bytes": weight_bytes(Checkpoint.open(packed)),
