@@ -122,7 +122,9 @@ def _measured(
         return
     here = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.beside, here, torch.set_num_threads, (1,)) as pool:
-        running = {pool.submit(_cell, figures, folder, source, missing, options): missing for missing in cells}
+        running = {
+            pool.submit(_cell, figures, folder, source, missing, options): missing for missing in cells
+        }
         failed = []
         for done in as_completed(running):
             if error := done.exception():

@@ -137,13 +137,25 @@ def _plot(name: str, found: dict[tuple[str, str], list[dict[str, Any] | None]], 
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, pattern in enumerate(dict.fromkeys(pattern for _, pattern in found if pattern)):
-        rows_ = [(s, cells[0]) for (s, p), cells in found.items() if p == pattern and cells[0] is not None]
-        points = [(row["prune_seconds"], row["perplexity"], solver) for solver, row in rows_ if row]
-        axes.scatter(*zip(*[point[:2] for point in points], strict=True), color=f"C{number}", label=pattern)
-        for seconds, perplexity, solver in points:
-            axes.annotate(solver, (seconds, perplexity), (4, 3), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="seconds of pruning", ylabel="perplexity", title=name)
+    timed = [(solver, pattern, cells[0]) for (solver, pattern), cells in found.items() if cells[0]]
+    points = [
+        (p, row["prune_seconds"], row["perplexity"], s) for s, p, row in timed if row.get("prune_seconds")
+    ]
+    if not points:
+        raise SystemExit(
+            "error: no row has seconds of pruning to draw; rows measured beside others have none"
+        )
+    for number, pattern in enumerate(dict.fromkeys(point[0] for point in points)):
+        shown = [point for point in points if point[0] == pattern]
+        axes.scatter(*zip(*[point[1:3] for point in shown], strict=True), color=f"C{number}", label=pattern)
+        for _, seconds, perplexity, solver in shown:
+            axes.annotate(
+                solver, (seconds, perplexity), (0, 5), textcoords="offset points", fontsize=7, ha="center"
+            )
+    axes.margins(0.2)
+    axes.set(xlabel="seconds of pruning", ylabel="perplexity", title=name)
+    for axis, values in (("x", [point[1] for point in points]), ("y", [point[2] for point in points])):
+        axes.set(**{f"{axis}scale": "log" if max(values) > 10 * min(values) else "linear"})
     axes.legend()
     figure.savefig(file)
 
