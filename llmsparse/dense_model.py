@@ -22,6 +22,9 @@ Visit = Callable[
 ]  # weight, its dense values (out, in) float32, statistics or None
 
 
+TINY = 1e-30  # of a squared norm that is divided by
+
+
 @dataclass
 class DenseModel:
     """A checkpoint that nothing of has been pruned, and the calibration ``windows`` (samples, length)."""
@@ -40,10 +43,11 @@ class DenseModel:
         attention = {w.name for w in job.skeleton.weights if w.feeds_attention}
         return {name: weighted if name in attention else Gram for name in names}
 
-    def observe(self, kinds: dict[str, Any], windows: int, visit: Visit) -> None:
+    def observe(self, kinds: dict[str, Any], windows: int, visit: Visit) -> dict[int | None, float]:
         """Run the first ``windows`` block by block and ``visit`` every weight of ``kinds`` with its statistics.
 
-        One block is in memory at a time. A weight that no token came to, an expert, is visited without statistics.
+        One block is in memory at a time, besides the hidden states that entered it. A weight that no token came to, an
+        expert, is visited without statistics. Returns each block's ``moved``, and 1 for what lies outside all blocks.
         """
         job, progress = self.job, self.progress
         if not len(self.windows[:windows]):
@@ -61,13 +65,16 @@ class DenseModel:
         )
         stream.keep = job.passes_kept(stream.batch_size)
         progress.start("allocating", len(job.skeleton.blocks))
+        shares: dict[int | None, float] = {None: 1.0}
         try:
             for block in stream:
+                before = stream.hidden.read(range(len(stream.windows))).clone()
                 inside = {w.name: w for w in block.weights if w.name in kinds}
                 see = _Seeing(inside, block.views.__getitem__, visit, job.device)
                 block.settle({name: kinds[name] for name in inside}, see)
                 for name in [name for name in inside if name not in see.seen]:
                     see(name, None)
+                shares[block.index] = moved(before, stream.hidden.read(range(len(stream.windows))))
                 progress.advance("allocating")
             outside = {w.name: w for w in job.skeleton.weights if w.block is None and w.name in kinds}
             if outside:
@@ -78,6 +85,7 @@ class DenseModel:
                 stream.settle_outside(list(outside.values()), wanted, see, Processes.alone())
         finally:
             stream.close()
+        return shares
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
@@ -96,6 +104,16 @@ class DenseModel:
             for name in blocks:
                 skeleton.release(name)
             skeleton.release_outside(skeleton.model)
+
+
+def moved(before: Tensor, after: Tensor) -> float:
+    """Which share of its output a block adds: ||after - before||^2 / ||after||^2 of each token (..., width), their mean.
+
+    A mean over tokens of shares: few tokens of massive activations do not decide it.
+    """
+    before, after = before.float(), after.float()
+    change, whole = (after - before).square().sum(-1), after.square().sum(-1)
+    return float((change / whole.clamp(min=TINY)).mean(dtype=torch.float64))
 
 
 class _Seeing:

@@ -1,4 +1,7 @@
-"""Error: each weight's curve of relative error, the same marginal damage everywhere (saliencies: OBS, arXiv 2301.00774)."""
+"""Error: each weight's curve of relative error, times what its block adds; the same marginal damage everywhere.
+
+The saliencies are those of OBS (arXiv 2301.00774).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +36,10 @@ class Error:
         check_positive("error", self, "bound", "damping", "windows")
 
     def __call__(self, dense: DenseModel, target: Target, memory: Memory) -> dict[str, Pattern]:
-        """The patterns with the least sum over the weights of their relative errors, as the curves tell them."""
+        """The patterns with the least sum over the weights of relative errors, as the curves tell them.
+
+        Each counts as much as its block adds to the hidden states (``llmsparse.dense_model.moved``).
+        """
         levels = target.levels(self.bound)
         return target.chosen(levels, self.choose(dense, target, levels))
 
@@ -53,7 +59,8 @@ class Error:
             damage[weight.name] = np.concatenate(([0.0], lost.cumsum()))[each.parts] / max(whole, TINY)
             also(weight, statistics, priced)
 
-        dense.observe(dense.solver_kinds(list(target.weights)), self.windows, visit)
+        shares = dense.observe(dense.solver_kinds(list(target.weights)), self.windows, visit)
+        damage = {name: shares[target.weights[name].block] * curve for name, curve in damage.items()}
         return target.divide(levels, damage)
 
 

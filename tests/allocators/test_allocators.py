@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llmsparse.allocate import target_of
@@ -219,6 +220,41 @@ def test_on_independent_inputs_the_curve_is_the_error_that_masks_leave(pattern):
         pruned = weight.masked_fill(~asked.select(scores), 0.0)
         assert found[parts - 1] == pytest.approx(relative_error(weight, pruned, statistics), rel=1e-5)
     assert found[-1] == pytest.approx(1.0)
+
+
+def test_a_block_counts_as_much_as_it_adds_to_the_hidden_states_of_the_model_in_transformers(llama, text):
+    job = prepare(llama, Recipe.of(None, {"calibration": text, **SMALL}))
+    windows = job.calibrate().windows
+    found = DenseModel(job, windows).observe({}, len(windows), lambda *seen: None)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    states = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda block, given, output: states.append((given[0][0], output[0])))
+    with torch.no_grad():
+        for window in windows:
+            model(window[None])
+    for index in range(3):
+        each = [
+            float((after - before).norm() ** 2 / after.norm() ** 2)
+            for first, last in states[index::3]
+            for before, after in zip(first, last.reshape(first.shape), strict=True)
+        ]
+        assert found[index] == pytest.approx(sum(each) / len(each), rel=1e-4)
+    assert found[None] == 1.0
+
+
+def test_a_block_that_adds_little_is_pruned_more(tmp_path, text):
+    source, file = save_tiny("llama", tmp_path / "source"), tmp_path / "source" / "model.safetensors"
+    held = load_file(file)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        held[f"model.layers.1.{name}.weight"] *= 0.05  # no weight's relative error changes
+    save_file(held, file, metadata={"format": "pt"})
+    report, weights = run(source, tmp_path / "out", text, pattern="60%", allocate="error")
+    means = [
+        sum(w["sparsity"] for name, w in weights.items() if f"layers.{block}." in name) / 7
+        for block in range(3)
+    ]
+    assert means[1] == pytest.approx(0.7, abs=0.02) and max(means[0], means[2]) < 0.6  # the bound is 0.1
 
 
 def test_the_importance_of_an_input_is_what_later_ones_cannot_make_up_for():
