@@ -66,7 +66,7 @@ def main() -> None:
     if options.gguf:
         measured += _llama(options)
     for row in measured:
-        rows.append(Path(options.results), {**row, **rows.provenance()})
+        rows.append(Path(options.results), {**rows.provenance(), **row})
     print(table(measured))
 
 

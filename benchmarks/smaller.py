@@ -58,7 +58,7 @@ def main() -> None:
         found.append(row)
     speeds = _speeds(options)
     for method, speed in zip(options.methods, speeds, strict=True):
-        rows.append(options.results, {"model": name, "pattern": method, **speed, **rows.provenance()})
+        rows.append(options.results, {**rows.provenance(), "model": name, "pattern": method, **speed})
     print(table(found, speeds))
 
 
