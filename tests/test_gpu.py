@@ -51,15 +51,18 @@ def reference(folder: Path) -> Tensor:
     return logits(load(folder).dequantize().float())
 
 
-@pytest.mark.parametrize("storage", dispatch.STORAGES)
 @pytest.mark.parametrize(
-    ("pattern", "values", "kernel"),
+    ("pattern", "values", "kernel", "storage"),
     [
-        ("2:4", None, "nm_mma"),
-        ("2:4", "int8", "nm_mma"),
-        ("2:4", "int4:32", "nm_gemv"),
-        ("8:16", None, "n16_gemv"),
-        ("50%", "int8", "bitmask_gemv"),
+        pytest.param(*case, storage, marks=[pytest.mark.long] if slow and storage == "both" else [])
+        for *case, slow in (
+            ("2:4", None, "nm_mma", False),
+            ("2:4", "int8", "nm_mma", False),
+            ("2:4", "int4:32", "nm_gemv", True),  # a minute in the interpreter
+            ("8:16", None, "n16_gemv", False),
+            ("50%", "int8", "bitmask_gemv", True),
+        )
+        for storage in dispatch.STORAGES
     ],
 )
 def test_a_packed_model_computes_what_the_dense_one_does(
