@@ -116,7 +116,7 @@ def _measured(
     figures: Callable[..., Any], folder: Path, source: str, cells: list[list[dict[str, Any]]], options: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of the cells, one after the other; or as they end, of --beside cells at once, without times."""
-    if options.beside == 1:
+    if options.beside < 2:
         for missing in cells:
             yield from figures(folder, source, missing, options)
         return

@@ -68,13 +68,14 @@ class DenseModel:
         shares: dict[int | None, float] = {None: 1.0}
         try:
             for block in stream:
-                before = stream.hidden.read(range(len(stream.windows))).clone()
+                before = [states.clone() for states in _windows(stream)]
                 inside = {w.name: w for w in block.weights if w.name in kinds}
                 see = _Seeing(inside, block.views.__getitem__, visit, job.device)
                 block.settle({name: kinds[name] for name in inside}, see)
                 for name in [name for name in inside if name not in see.seen]:
                     see(name, None)
-                shares[block.index] = moved(before, stream.hidden.read(range(len(stream.windows))))
+                each = [moved(*pair) for pair in zip(before, _windows(stream), strict=True)]
+                shares[block.index] = sum(each) / len(each)
                 progress.advance("allocating")
             outside = {w.name: w for w in job.skeleton.weights if w.block is None and w.name in kinds}
             if outside:
@@ -114,6 +115,11 @@ def moved(before: Tensor, after: Tensor) -> float:
     before, after = before.float(), after.float()
     change, whole = (after - before).square().sum(-1), after.square().sum(-1)
     return float((change / whole.clamp(min=TINY)).mean(dtype=torch.float64))
+
+
+def _windows(stream: BlockStream) -> Iterator[Tensor]:
+    """The hidden states of one window after the other, on the host."""
+    return (stream.hidden.read(range(index, index + 1)).cpu() for index in range(len(stream.windows)))
 
 
 class _Seeing:
