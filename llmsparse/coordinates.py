@@ -28,10 +28,23 @@ class Scaled(NamedTuple):
         if penalty not in self.inverses:
             while self.inverses and (len(self.inverses) + 1) * self.gram.nbytes > KEPT:
                 del self.inverses[next(iter(self.inverses))]
-            shifted = self.gram.clone()
-            shifted.diagonal().add_(penalty)
-            self.inverses[penalty] = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+            self.inverses[penalty] = torch.cholesky_inverse(self._factor(penalty))
         return self.inverses[penalty]
+
+    def divide(self, rows: Tensor, penalty: float, out: Tensor) -> Tensor:
+        """``rows`` (out, in) times (gram + penalty)^-1, into ``out``.
+
+        Few rows, for which no other weight has made the inverse, are solved with the factor: the inverse would cost more.
+        """
+        if penalty in self.inverses or 2 * len(rows) > len(self.gram):
+            return torch.mm(rows, self.inverse(penalty), out=out)
+        return out.copy_(torch.cholesky_solve(rows.T, self._factor(penalty)).T)
+
+    def _factor(self, penalty: float) -> Tensor:
+        """The lower Cholesky factor of gram + penalty."""
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(penalty)
+        return torch.linalg.cholesky(shifted)
 
 
 def scaled(statistics: Gram, damping: float) -> Scaled:

@@ -66,7 +66,7 @@ class Alps:
         for iteration in range(1, self.iterations + 1):  # tensors are written over, see refit
             penalty = self.penalty * LADDER**rung
             torch.add(wanted, sparse, alpha=penalty, out=pulled).sub_(dual)
-            torch.mm(pulled, problem.inverse(penalty), out=free)
+            problem.divide(pulled, penalty, out=free)
             torch.add(free, dual, alpha=1 / penalty, out=pulled)
             mask = pattern.select(pulled.abs())
             torch.mul(pulled, mask, out=sparse)
