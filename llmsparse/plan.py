@@ -264,6 +264,7 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
     r = job.recipe
     written = ", sampled from the model" if job.sampling else ""
     size = sum(job.checkpoint.bytes(name) for name in job.checkpoint.names())
+    uncounted = _uncounted(job)
     return {
         "model": str(model),
         "architecture": job.skeleton.config.model_type,
@@ -295,6 +296,7 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
                 if r.allocate == "uniform"
                 else [f"patterns are what was asked for; {r.allocate} will divide them"]
             ),
+            *([f"the expected time leaves out {', '.join(uncounted)}"] if uncounted else []),
             *(f"{name} is left as it is: no linear weight" for name in job.skeleton.unrecognised),
         ],
     }
@@ -350,6 +352,17 @@ def _solve_bytes(needs: Needs, out: int, inputs: int) -> int:
     square = 4 * inputs**2
     kept = min(needs.inverses * square, max(KEPT, square))
     return needs.weights * 4 * out * inputs + needs.squares * square + kept
+
+
+def _uncounted(job: Job) -> list[str]:
+    """What comes before the pruning itself, of which ``_seconds`` knows nothing."""
+    steps = {
+        "the model's own text": job.sampling,
+        "the smaller model": job.shrinks,
+        "the order of channels": job.recipe.permute,
+        "the division of the budget": job.recipe.allocate != "uniform",
+    }
+    return [step for step, taken in steps.items() if taken]
 
 
 def _seconds(job: Job) -> float:

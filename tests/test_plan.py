@@ -39,6 +39,16 @@ def test_plan_counts_bytes_and_parameters(tmp_path):
     assert planned["seconds_estimate"] > 0 and planned["peak_host_bytes"] > 0 == planned["peak_device_bytes"]
 
 
+def test_the_plan_says_which_steps_its_time_leaves_out(tmp_path):
+    source = save_tiny("llama", tmp_path / "source")
+    given = {"samples": 4, "sequence_length": 32, "calibration": "builtin"}
+    assert plan(source, **given)["warnings"] == []
+    told = plan(source, allocate="owl", **given)["warnings"]
+    assert told[1:] == ["the expected time leaves out the division of the budget"]
+    told = plan(source, pattern=["depth:1", "2:4"], permute=True, **given)["warnings"]
+    assert told == ["the expected time leaves out the smaller model, the order of channels"]
+
+
 def test_plan_says_what_one_to_four_keeps(tmp_path):
     planned = plan(save_tiny("llama", tmp_path / "source"), pattern="1:4")
     assert {w["pattern"] for w in planned["weights"]} == {"1:4 (keeps 25 %)"}
