@@ -16,7 +16,7 @@ from llmsparse.errors import UserError
 from llmsparse.gguf_checkpoint import SMOLLM2_NAME, smollm2
 from llmsparse.runs import sparsity
 
-SOLVERS = ("magnitude", "wanda", "sparsegpt")
+SOLVERS = ("magnitude", "sparsegpt", "alps")
 PATTERNS = ("50%", "2:4")
 CAVEAT = (
     "Compare these figures with one another only: they show what pruning changed, not how good a model is."

@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def test_every_solver_prunes_to_both_patterns(calls: Calls) -> None:
     result = demo("some/model", samples=4, windows=3)
     assert calls == [
-        ("some/model", s, [p], 4) for p in ("50%", "2:4") for s in ("magnitude", "wanda", "sparsegpt")
+        ("some/model", s, [p], 4) for p in ("50%", "2:4") for s in ("magnitude", "sparsegpt", "alps")
     ]
     assert [row["solver"] for row in result["rows"]] == ["dense", *(call[1] for call in calls)]
     assert result["rows"][1]["sparsity"] == 0.5
@@ -86,7 +86,7 @@ def test_calibrated_solvers_beat_magnitude_on_smollm2(smollm2: Path) -> None:
     result = demo(smollm2, samples=8, sequence_length=256, windows=4)
     perplexity = {(row["solver"], row["pattern"]): row["perplexity"] for row in result["rows"]}
     for pattern in ("50%", "2:4"):
-        calibrated = [perplexity[solver, pattern] for solver in ("wanda", "sparsegpt")]
+        calibrated = [perplexity[solver, pattern] for solver in ("sparsegpt", "alps")]
         assert perplexity["dense", None] < min(calibrated)
         assert max(calibrated) < perplexity["magnitude", pattern]
         assert all(row["sparsity"] == pytest.approx(0.5, abs=1e-3) for row in result["rows"][1:])
