@@ -120,11 +120,13 @@ class NM:
 
     def select(self, score: Tensor) -> Tensor:
         """Keep the n largest of each group of m of ``score`` (out, in), ties by lowest index."""
-        groups = score.reshape(-1, self.m)
-        earlier = torch.ones(self.m, self.m, dtype=torch.bool, device=score.device).tril(-1)  # [i, j]: j < i
-        mine, other = groups[:, :, None], groups[:, None, :]
-        rank = ((other > mine) | ((other == mine) & earlier)).sum(-1)  # how many of the group come before
-        return (rank < self.n).reshape(score.shape)
+        # long rows: on a CPU comparing m x m inside each group takes five times as long
+        columns = score.reshape(-1, self.m).T.contiguous()
+        rank = torch.zeros_like(columns, dtype=torch.int16)  # how many of the group come before
+        for j in range(self.m):
+            rank[:j] += columns[j] > columns[:j]
+            rank[j + 1 :] += columns[j] >= columns[j + 1 :]
+        return (rank < self.n).T.reshape(score.shape)
 
     def allows(self, mask: Tensor) -> bool:
         """True when every group of m of ``mask`` (out, in) keeps exactly n."""
