@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmsparse.errors import UserError
-from llmsparse.pattern import NM, Unstructured, describe, parse
+from llmsparse.pattern import MANY, NM, STRIDE, Unstructured, describe, keep_largest, parse
 
 NMS = [(2, 4), (4, 8), (1, 4), (3, 4), (8, 16), (1, 2), (5, 7)]
 
@@ -129,6 +129,29 @@ def test_unstructured_selects_what_a_stable_sort_would() -> None:
     kept = set(order[: len(flat) - round(0.37 * len(flat))])
     mask = Unstructured(0.37, "layer").select(score).flatten().tolist()
     assert mask == [i in kept for i in range(len(flat))]
+
+
+LONG = 2 * MANY  # entries: a row that is sampled first
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        torch.randn(LONG, generator=torch.Generator().manual_seed(0)),
+        torch.randint(4, (LONG,), generator=torch.Generator().manual_seed(0)).float(),
+        torch.arange(LONG, dtype=torch.float64),
+        torch.ones(LONG).index_fill(
+            0, torch.arange(0, LONG, STRIDE), 9.0
+        ),  # the sample is of the few large ones
+        torch.cat((torch.zeros(LONG - 3), torch.tensor([1.0, 2.0, float("inf")]))),
+    ],
+    ids=["normal", "ties", "sorted", "unlike its sample", "nearly constant"],
+)
+@pytest.mark.parametrize("kept", [1, 2, 1000, LONG // 2, LONG - 2, LONG - 1])
+def test_long_rows_are_selected_as_a_stable_sort_would(score: torch.Tensor, kept: int) -> None:
+    wanted = torch.zeros(LONG, dtype=torch.bool)
+    wanted[score.sort(descending=True, stable=True).indices[:kept]] = True
+    assert torch.equal(keep_largest(score[None], kept)[0], wanted)
 
 
 def test_row_scope_allows_only_equal_rows() -> None:
