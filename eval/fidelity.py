@@ -18,11 +18,15 @@ def divergence(dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Top-k agreement: the dense model's likeliest token is among the sparse model's k likeliest.
     """
-    log_dense, log_sparse = dense.log_softmax(-1), sparse.log_softmax(-1)
-    kl = (log_dense.exp() * (log_dense - log_sparse)).sum(-1)
     best = dense.argmax(-1, keepdim=True)
     among = sparse.topk(min(5, sparse.shape[-1])).indices == best  # (tokens, 5)
-    return kl, among[:, 0], among.any(-1)
+    return kl(dense, sparse), among[:, 0], among.any(-1)
+
+
+def kl(dense: Tensor, sparse: Tensor) -> Tensor:
+    """KL(dense || sparse) in nats of each token, (tokens,), from logits (tokens, vocabulary)."""
+    expected = dense.log_softmax(-1)
+    return (expected.exp() * (expected - sparse.log_softmax(-1))).sum(-1)
 
 
 def window_scores(sparse: Forward, dense: Forward | None, ids: Tensor, first: Tensor) -> Tensor:

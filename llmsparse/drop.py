@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmsparse.block import Block
 from llmsparse.errors import UserError
-from llmsparse.eval.fidelity import divergence
+from llmsparse.eval.fidelity import kl
 from llmsparse.eval.forward import pieces
 from llmsparse.hidden import HiddenStates
 from llmsparse.plan import Job
@@ -81,22 +81,34 @@ def _advance(stream: BlockStream, block: Block, states: HiddenStates) -> None:
 
 @torch.no_grad()
 def _losses(stream: BlockStream, whole: HiddenStates, shortened: dict[int, HiddenStates]) -> dict[int, float]:
-    """KL(whole || shortened) in nats, the mean over all tokens."""
-    model = stream.skeleton.model
-    totals = dict.fromkeys(shortened, 0.0)
+    """KL(whole || shortened) in nats, the mean over all tokens, of the models that may be the nearest.
+
+    A sum over windows only grows: a model is left as soon as it is above all windows' sum of the best of the first window.
+    """
+    model, totals = stream.skeleton.model, dict.fromkeys(shortened, 0.0)
     with stream.outside(model):
         model.tie_weights()
-        for window in range(len(stream.windows)):
+
+        def add(window: int, indices: list[int]) -> None:
             expected = stream.logits(window, whole)[0]
-            for index, states in shortened.items():
-                totals[index] += _total(expected, stream.logits(window, states)[0])
+            for index in indices:
+                totals[index] += _total(expected, stream.logits(window, shortened[index])[0])
+
+        add(0, list(shortened))
+        left = list(shortened)
+        best = min(left, key=totals.__getitem__)
+        for window in range(1, len(stream.windows)):
+            add(window, [best])
+        for window in range(1, len(stream.windows)):
+            left = [index for index in left if totals[index] <= totals[best]]
+            add(window, [index for index in left if index != best])
     if not all(map(math.isfinite, totals.values())):
         raise UserError(
             "the model's outputs are not finite on the calibration text; use --dtype float32 or other text"
         )
-    return {index: total / stream.windows.numel() for index, total in totals.items()}
+    return {index: totals[index] / stream.windows.numel() for index in left}
 
 
 def _total(expected: Tensor, found: Tensor) -> float:
-    parts = (divergence(expected[span].float(), found[span].float())[0] for span in pieces(0, len(found)))
+    parts = (kl(expected[span].float(), found[span].float()) for span in pieces(0, len(found)))
     return float(sum(part.double().sum() for part in parts))

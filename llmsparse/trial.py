@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsparse.allocation import Choice, Levels
+from llmsparse.eval.fidelity import kl
 from llmsparse.pattern import Unstructured
 from llmsparse.skeleton import Skeleton
 from llmsparse.solvers.refit import refit
@@ -81,9 +82,7 @@ class Trial:
         for window, dense in zip(self.windows, self.logits, strict=True):
             now = self._logits(window)
             for expected, found in zip(dense.split(TOKENS), now.split(TOKENS), strict=True):
-                true = expected.to(found.device).float().log_softmax(-1)
-                differs = true - found.float().log_softmax(-1)
-                total += float((true.exp() * differs).sum(dtype=torch.float64))
+                total += float(kl(expected.to(found.device).float(), found.float()).sum(dtype=torch.float64))
             if not total <= limit * tokens:
                 return math.inf
         return total / tokens
