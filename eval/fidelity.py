@@ -20,10 +20,10 @@ def divergence(dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     best = dense.argmax(-1, keepdim=True)
     among = sparse.topk(min(5, sparse.shape[-1])).indices == best  # (tokens, 5)
-    return kl(dense, sparse), among[:, 0], among.any(-1)
+    return kl_divergence(dense, sparse), among[:, 0], among.any(-1)
 
 
-def kl(dense: Tensor, sparse: Tensor) -> Tensor:
+def kl_divergence(dense: Tensor, sparse: Tensor) -> Tensor:
     """KL(dense || sparse) in nats of each token, (tokens,), from logits (tokens, vocabulary)."""
     expected = dense.log_softmax(-1)
     return (expected.exp() * (expected - sparse.log_softmax(-1))).sum(-1)

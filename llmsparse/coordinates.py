@@ -18,6 +18,7 @@ class Scaled(NamedTuple):
     damping: float
     dead: Tensor
     inverses: dict[float, Tensor]
+    factors: dict[float, Tensor]  # the latest
 
     def target(self, weight: Tensor) -> Tensor:
         """The scaled ``weight`` (out, in), zero where it meets no input."""
@@ -28,19 +29,22 @@ class Scaled(NamedTuple):
         if penalty not in self.inverses:
             while self.inverses and (len(self.inverses) + 1) * self.gram.nbytes > KEPT:
                 del self.inverses[next(iter(self.inverses))]
-            self.inverses[penalty] = torch.cholesky_inverse(self._factor(penalty))
+            self.inverses[penalty] = torch.cholesky_inverse(self._factored(penalty))
         return self.inverses[penalty]
 
     def divide(self, rows: Tensor, penalty: float, out: Tensor) -> Tensor:
         """``rows`` (out, in) times (gram + penalty)^-1, into ``out``.
 
-        Few rows, for which no other weight has made the inverse, are solved with the factor: the inverse would cost more.
+        Where rows are few and no other weight left the inverse, the factor solves them: inverting would cost more.
         """
         if penalty in self.inverses or 2 * len(rows) > len(self.gram):
             return torch.mm(rows, self.inverse(penalty), out=out)
-        return out.copy_(torch.cholesky_solve(rows.T, self._factor(penalty)).T)
+        if penalty not in self.factors:
+            self.factors.clear()
+            self.factors[penalty] = self._factored(penalty)
+        return out.copy_(torch.cholesky_solve(rows.T, self.factors[penalty]).T)
 
-    def _factor(self, penalty: float) -> Tensor:
+    def _factored(self, penalty: float) -> Tensor:
         """The lower Cholesky factor of gram + penalty."""
         shifted = self.gram.clone()
         shifted.diagonal().add_(penalty)
@@ -53,6 +57,6 @@ def scaled(statistics: Gram, damping: float) -> Scaled:
     def make() -> Scaled:
         gram, used, dead = statistics.damped(damping)
         norms = gram.diagonal().sqrt()
-        return Scaled(gram / norms / norms[:, None], norms, used, dead, {})
+        return Scaled(gram / norms / norms[:, None], norms, used, dead, {}, {})
 
     return statistics.remember(("scaled", damping), make)

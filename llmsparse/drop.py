@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmsparse.block import Block
 from llmsparse.errors import UserError
-from llmsparse.eval.fidelity import kl
+from llmsparse.eval.fidelity import kl_divergence
 from llmsparse.eval.forward import pieces
 from llmsparse.hidden import HiddenStates
 from llmsparse.plan import Job
@@ -83,7 +83,8 @@ def _advance(stream: BlockStream, block: Block, states: HiddenStates) -> None:
 def _losses(stream: BlockStream, whole: HiddenStates, shortened: dict[int, HiddenStates]) -> dict[int, float]:
     """KL(whole || shortened) in nats, the mean over all tokens, of the models that may be the nearest.
 
-    A sum over windows only grows: a model is left as soon as it is above all windows' sum of the best of the first window.
+    A sum over windows only grows, but for rounding: a model is given up, and not tried on further windows, once its sum
+    exceeds the final sum of the model that was best on the first.
     """
     model, totals = stream.skeleton.model, dict.fromkeys(shortened, 0.0)
     with stream.outside(model):
@@ -94,21 +95,23 @@ def _losses(stream: BlockStream, whole: HiddenStates, shortened: dict[int, Hidde
             for index in indices:
                 totals[index] += _total(expected, stream.logits(window, shortened[index])[0])
 
-        add(0, list(shortened))
-        left = list(shortened)
-        best = min(left, key=totals.__getitem__)
+        running = list(shortened)
+        add(0, running)
+        best = min(running, key=totals.__getitem__)
         for window in range(1, len(stream.windows)):
             add(window, [best])
         for window in range(1, len(stream.windows)):
-            left = [index for index in left if totals[index] <= totals[best]]
-            add(window, [index for index in left if index != best])
+            running = [index for index in running if totals[index] <= totals[best]]
+            if running == [best]:
+                break
+            add(window, [index for index in running if index != best])
     if not all(map(math.isfinite, totals.values())):
         raise UserError(
             "the model's outputs are not finite on the calibration text; use --dtype float32 or other text"
         )
-    return {index: totals[index] / stream.windows.numel() for index in left}
+    return {index: totals[index] / stream.windows.numel() for index in running}
 
 
 def _total(expected: Tensor, found: Tensor) -> float:
-    parts = (kl(expected[span].float(), found[span].float()) for span in pieces(0, len(found)))
+    parts = (kl_divergence(expected[span].float(), found[span].float()) for span in pieces(0, len(found)))
     return float(sum(part.double().sum() for part in parts))

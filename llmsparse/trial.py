@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsparse.allocation import Choice, Levels
-from llmsparse.eval.fidelity import kl
+from llmsparse.eval.fidelity import kl_divergence
 from llmsparse.pattern import Unstructured
 from llmsparse.skeleton import Skeleton
 from llmsparse.solvers.refit import refit
@@ -82,7 +82,9 @@ class Trial:
         for window, dense in zip(self.windows, self.logits, strict=True):
             now = self._logits(window)
             for expected, found in zip(dense.split(TOKENS), now.split(TOKENS), strict=True):
-                total += float(kl(expected.to(found.device).float(), found.float()).sum(dtype=torch.float64))
+                total += float(
+                    kl_divergence(expected.to(found.device).float(), found.float()).sum(dtype=torch.float64)
+                )
             if not total <= limit * tokens:
                 return math.inf
         return total / tokens

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmsparse import expectation
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.errors import UserError
 from llmsparse.plan import plan
@@ -44,9 +45,12 @@ def test_the_plan_says_which_steps_its_time_leaves_out(tmp_path):
     given = {"samples": 4, "sequence_length": 32, "calibration": "builtin"}
     assert plan(source, **given)["warnings"] == []
     told = plan(source, allocate="owl", **given)["warnings"]
-    assert told[1:] == ["the expected time leaves out the division of the budget"]
+    assert told[1:] == ["the expected time leaves out dividing the budget"]
+    assert plan(source, solver="magnitude", **given | {"calibration": "self"})["warnings"] == []
+    told = plan(source, **given | {"calibration": "self"})["warnings"]
+    assert told == ["the expected time leaves out writing the model's own text"]
     told = plan(source, pattern=["depth:1", "2:4"], permute=True, **given)["warnings"]
-    assert told == ["the expected time leaves out the smaller model, the order of channels"]
+    assert told == ["the expected time leaves out making the model smaller, ordering channels"]
 
 
 def test_plan_says_what_one_to_four_keeps(tmp_path):
@@ -72,9 +76,7 @@ def test_plan_refuses_what_prune_refuses(options, message, tmp_path):
 
 def test_the_estimate_counts_the_products_of_each_solver_of_a_chain(tmp_path, monkeypatch):
     source = save_tiny("llama", tmp_path / "source")
-    monkeypatch.setitem(
-        plan.__globals__, "_flops", lambda device, dtype: 1.0
-    )  # the package has a function of its name
+    monkeypatch.setattr(expectation, "_flops", lambda device, dtype: 1.0)
     chosen = [{"solver": "sparsegpt"}, {"solver": "refit:swaps:sparsegpt"}, {}]
     told = [plan(source, samples=4, sequence_length=32, **one) for one in chosen]
     size = sum(w["shape"][0] * w["shape"][1] ** 2 for w in told[0]["weights"])

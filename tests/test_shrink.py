@@ -1,11 +1,15 @@
 """Smaller models: what is written computes what was meant."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmsparse.drop import _losses
+from llmsparse.errors import UserError
 from llmsparse.prune import prune
 from tests import tiny
 from tests.pruned import SMALL, hashes, tensors
@@ -208,6 +212,56 @@ def test_the_blocks_that_go_are_those_that_trying_each_finds(family, tmp_path, t
     with torch.no_grad():
         found = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, without(source, gone, ids))
+
+
+class Compared:
+    """Stands in for a stream: ``logits`` are the states, (windows, length, vocabulary), and are counted."""
+
+    def __init__(self, count):
+        self.windows, self.count = torch.zeros(count, 3), 0
+        self.skeleton = SimpleNamespace(model=SimpleNamespace(tie_weights=lambda: None))
+
+    def outside(self, model):
+        return nullcontext()
+
+    def logits(self, window, states):
+        self.count += 1
+        return states[window][None]
+
+
+def test_a_model_that_cannot_be_the_nearest_is_given_up():
+    whole = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(1))
+    scales = {
+        3: [0.1, 0.4, 0.4, 0.4],
+        5: [0.2, 0.1, 0.1, 0.1],
+        7: [2.0, 0.1, 0.1, 0.1],
+    }  # 5 comes from behind
+    models = {i: whole + noise * torch.tensor(scale)[:, None, None] for i, scale in scales.items()}
+    models[9] = models[5].clone()
+    stream = Compared(4)
+    found = _losses(stream, whole, models)
+    wanted = {i: divergence(whole, model) for i, model in models.items()}
+    assert min(found, key=found.__getitem__) == 5 and 7 not in found and found[9] == found[5]
+    assert found == pytest.approx({i: wanted[i] for i in found}, rel=1e-4)
+    assert stream.count == 5 + 3 * 2 + 3 * 3  # all on the first window; the best of it; what may still win
+
+
+def test_windows_that_tell_nothing_more_are_not_compared():
+    whole = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(1))
+    stream = Compared(4)
+    assert set(_losses(stream, whole, {0: whole + 9 * noise, 1: whole + 0.1 * noise})) == {1}
+    assert stream.count == 3 + 3 * 2
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_logits_that_are_not_finite_are_refused(window):
+    whole = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(0))
+    model = whole.clone()
+    model[window, 1, 4] = float("nan")
+    with pytest.raises(UserError, match="not finite on the calibration text"):
+        _losses(Compared(4), whole, {0: whole, 1: model, 2: whole})
 
 
 def test_what_is_told_of_each_block_is_cut_with_the_blocks(tmp_path, text):

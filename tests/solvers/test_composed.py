@@ -1,12 +1,14 @@
 """The newer solvers against plain loops in float64, and what solvers that hold others promise."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from llmsparse.chain import solver_of
+from llmsparse.coordinates import scaled
 from llmsparse.errors import UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import NM, Unstructured, parse
@@ -244,3 +246,24 @@ def test_weights_that_share_a_gram_share_its_factors(monkeypatch: pytest.MonkeyP
     first = count[0]
     alps(case.weight.flip(0), statistics, parse("2:4"))
     assert first > 1 and count[0] == first
+
+
+def test_few_rows_are_solved_without_an_inverse_unless_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls = layer(8, 64), []
+
+    def count(module: Any, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda matrix: calls.append(name) or real(matrix))
+
+    count(torch, "cholesky_inverse")
+    count(torch.linalg, "cholesky")
+    problem = scaled(statistics_of(case), 0.01)
+    rows, out = problem.target(case.weight), torch.empty_like(case.weight)
+    wanted = torch.linalg.solve(problem.gram + 0.3 * torch.eye(64), rows, left=False)
+    for _ in range(2):
+        torch.testing.assert_close(problem.divide(rows, 0.3, out=out), wanted)
+    assert calls == ["cholesky"]
+    problem.inverse(0.3)
+    calls.clear()
+    torch.testing.assert_close(problem.divide(rows, 0.3, out=out), wanted)
+    assert calls == []
