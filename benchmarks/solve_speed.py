@@ -2,8 +2,8 @@
 
     python -m benchmarks.solve_speed [--shapes 4096x11008 4096x14336] [--solvers sparsegpt alps] [--patterns 50% 2:4]
 
-Shapes are outputs x inputs. Weights are random, and so is the Gram: its spectrum falls as 1/k, a quarter of the inputs'
-number of directions above a floor, and the inputs' sizes spread over orders of magnitude. Every solve starts from a Gram
+Shapes are outputs x inputs. Weights are random, and so is the Gram: a quarter as many directions as inputs, of strengths
+that fall as 1/k, above a floor, and inputs whose sizes then spread over orders of magnitude. Every solve starts from a Gram
 of which nothing has been computed yet; solvers take turns, and a row has the median of its runs, the lowest and the
 highest. ``error`` is tr((W-B) G (W-B)T) / tr(W G WT).
 """
@@ -24,7 +24,7 @@ from llmsparse.device import pick_device
 from llmsparse.pattern import parse_mask
 from llmsparse.statistics import Gram
 
-FLOOR = 1e-3  # of the mean of the diagonal, in every direction
+FLOOR = 1e-3  # of the mean of the diagonal, added to it before inputs get their sizes
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ import pytest
 import typer
 
 from docs import commands
-from docs.pictures.demo import drawn
+from docs.pictures.demo import PICTURE, drawn
 from llmsparse import plugins
 from llmsparse.cli import app
+from llmsparse.demo import SOLVERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -120,6 +121,11 @@ def headings(text: str) -> set[str]:
     """The anchors of a page, as code hosts and mkdocs make them."""
     titles = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+def test_the_picture_of_the_demo_shows_its_solvers() -> None:
+    shown = re.findall(r"(\w+)&#160;+[\d:%]+", PICTURE.read_text())
+    assert [word for word in shown if word in plugins.names("solvers")] == [*SOLVERS, *SOLVERS]
 
 
 def test_the_picture_of_a_terminal_asks_nothing_of_another_host() -> None:
