@@ -19,7 +19,7 @@ from tests.tokenizers_tiny import CHAT, cut_as_gpt2
 def dense(folder: Path) -> None:
     """A llama that every exporter takes: heads of 16 numbers, a tokenizer that llama.cpp knows, a chat template."""
     config = tiny.FAMILIES["llama"]()
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 128}
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 192}
     for name, value in sizes.items():
         setattr(config, name, value)
     with mock.patch.dict(tiny.FAMILIES, llama=lambda: config):
