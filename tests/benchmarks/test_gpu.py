@@ -136,7 +136,8 @@ def test_pruning_is_measured_end_to_end(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu_prune.main()
     assert ended.value.code == 0
-    assert [row["blocks"] for row in rows.read(file)] == [1, 2]
+    measured = [(row["solver"], row["blocks"]) for row in rows.read(file)]
+    assert measured == [("sparsegpt", 1), ("sparsegpt", 2), ("alps", 2)]
 
 
 def test_sources_without_git_say_which_commit_they_are_only_where_told(monkeypatch, tmp_path) -> None:
