@@ -27,10 +27,8 @@ class Pattern(Protocol):
 
 
 FEW = 32  # rows that leave a GPU's multiprocessors idle
-MANY, STRIDE = (
-    1 << 16,
-    101,
-)  # a lone row of so many entries is sampled before it is ordered, one of every STRIDE
+MANY = 1 << 16  # entries of a lone row that is sampled before it is put in order
+STRIDE = 101  # from one entry of the sample to the next
 
 
 def keep_largest(score: Tensor, kept: int) -> Tensor:
