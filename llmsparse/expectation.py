@@ -77,10 +77,13 @@ def uncounted(job: "Job", written: bool) -> list[str]:
 
 
 def seconds(job: "Job") -> float:
-    """A forward pass, the Grams of distinct inputs and the solves, at the measured speed of a matrix product."""
+    """A forward pass, the Grams of distinct inputs and the solves, at the measured speeds of matrix products.
+
+    Grams and solves are float32, whatever forward passes are.
+    """
     recipe = job.recipe
     assert recipe.samples and recipe.sequence_length
-    work = float(sum(20 * w.out_features * w.in_features for w in job.weights))
+    forward, work = 0.0, float(sum(20 * w.out_features * w.in_features for w in job.weights))
     if job.solver.statistics is not None:
         tokens = recipe.samples * recipe.sequence_length
         passes = 1 + job.follows_dense  # forward through every block
@@ -89,7 +92,7 @@ def seconds(job: "Job") -> float:
         ):  # the aim where it is not the dense model's, training (backward is twice forward), and on
             passes += (not job.follows_dense) + 3 * job.reconstruction.epochs + 1
         inside = sum(w.out_features * w.in_features for w in job.skeleton.weights if w.block is not None)
-        work += 2 * tokens * inside * passes
+        forward += 2 * tokens * inside * passes
         if job.solver.statistics is Gram:
             own = [
                 w for w in job.weights if not re.search(r"\b(k_proj|v_proj|up_proj|w3)\b", w.name)
@@ -100,7 +103,8 @@ def seconds(job: "Job") -> float:
             products = sum(each.products for each in _needs(job))
             work += sum(2 * products * w.out_features * w.in_features**2 for w in job.weights)
     return (
-        work / _flops(job.device, job.dtype)
+        forward / _flops(job.device, job.dtype)
+        + work / _flops(job.device, torch.float32)
         + 2 * sum(map(job.checkpoint.bytes, job.checkpoint.names())) / 1e9
     )
 

@@ -83,3 +83,11 @@ def test_the_estimate_counts_the_products_of_each_solver_of_a_chain(tmp_path, mo
     plain, chain, default = (one["seconds_estimate"] for one in told)
     assert chain - plain == pytest.approx(2 * (11 + 13) * size)
     assert default - plain == pytest.approx(2 * (40 - 1.5) * size)  # alps
+
+
+def test_the_estimate_runs_forward_in_the_dtype_asked_for_and_all_else_in_float32(tmp_path, monkeypatch):
+    source = save_tiny("llama", tmp_path / "source")
+    monkeypatch.setattr(expectation, "_flops", lambda device, dtype: 1.0 if dtype == torch.float32 else 2.0)
+    single, half = (plan(source, samples=4, sequence_length=32, dtype=d) for d in ("float32", "bfloat16"))
+    inside = sum(w["shape"][0] * w["shape"][1] for w in single["weights"])
+    assert single["seconds_estimate"] - half["seconds_estimate"] == pytest.approx(4 * 32 * inside)
