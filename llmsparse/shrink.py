@@ -167,7 +167,6 @@ class Step:
         assert isinstance(self.pattern, Depth)
         job, count = self.job, len(self.job.skeleton.blocks)
         windows = text.windows[: self.pattern.windows]
-        self.progress.start("dropping blocks", count * self.pattern.blocks)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         dropped = choose(job, windows, self.pattern.blocks, self.folder.parent, self.progress)
         gone = self.processes.first(dropped.blocks)

@@ -66,7 +66,8 @@ class Depth:
     """The model without ``blocks`` of its decoder blocks.
 
     One after another that one goes whose absence moves the next-token distribution the least: by the mean KL divergence
-    from the whole model over the first ``windows`` calibration windows.
+    from the whole model over the first ``windows`` calibration windows. A quarter of them tries every block, the others
+    the four blocks that were the best on it.
     """
 
     blocks: int

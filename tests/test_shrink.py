@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsparse.drop import _losses
+from llmsparse.drop import _divergences
 from llmsparse.errors import UserError
 from llmsparse.prune import prune
 from tests import tiny
@@ -214,45 +214,42 @@ def test_the_blocks_that_go_are_those_that_trying_each_finds(family, tmp_path, t
     torch.testing.assert_close(found, without(source, gone, ids))
 
 
-class Compared:
-    """Stands in for a stream: ``logits`` are the states, (windows, length, vocabulary), and are counted."""
+def test_the_four_best_on_a_quarter_of_the_windows_are_tried_on_all(tmp_path, text, monkeypatch):
+    config = tiny.FAMILIES["llama"]()
+    config.num_hidden_layers = 7
+    monkeypatch.setitem(tiny.FAMILIES, "llama", lambda: config)
+    source = tiny.save_tiny("llama", tmp_path / "source", seed=3)
+    given = {"calibration": text, "set": ["depth.windows=6"], **SMALL}
+    report = prune(source, tmp_path / "out", pattern="depth:2", **given)
+    ids = windows(source, text)[:6]
+    gone = []
+    for block in report["smaller"][0]["dropped"]:
+        tried = {
+            i: [
+                divergence(without(source, [], part), without(source, [*gone, i], part))
+                for part in (ids[:2], ids)
+            ]
+            for i in range(7)
+            if i not in gone
+        }
+        finalists = sorted(tried, key=lambda i: tried[i][0])[:4]
+        best = min(finalists, key=lambda i: tried[i][1])
+        assert block["name"] == f"model.layers.{best}"
+        assert block["kl"] == pytest.approx(tried[best][1], rel=1e-4)
+        gone.append(best)
 
-    def __init__(self, count):
-        self.windows, self.count = torch.zeros(count, 3), 0
-        self.skeleton = SimpleNamespace(model=SimpleNamespace(tie_weights=lambda: None))
+
+class Compared:
+    """Stands in for a stream: ``logits`` are the states, (windows, length, vocabulary)."""
+
+    windows = torch.zeros(4, 3)
+    skeleton = SimpleNamespace(model=SimpleNamespace(tie_weights=lambda: None))
 
     def outside(self, model):
         return nullcontext()
 
     def logits(self, window, states):
-        self.count += 1
         return states[window][None]
-
-
-def test_a_model_that_cannot_be_the_nearest_is_given_up():
-    whole = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(1))
-    scales = {
-        3: [0.1, 0.4, 0.4, 0.4],
-        5: [0.2, 0.1, 0.1, 0.1],
-        7: [2.0, 0.1, 0.1, 0.1],
-    }  # 5 comes from behind
-    models = {i: whole + noise * torch.tensor(scale)[:, None, None] for i, scale in scales.items()}
-    models[9] = models[5].clone()
-    stream = Compared(4)
-    found = _losses(stream, whole, models)
-    wanted = {i: divergence(whole, model) for i, model in models.items()}
-    assert min(found, key=found.__getitem__) == 5 and 7 not in found and found[9] == found[5]
-    assert found == pytest.approx({i: wanted[i] for i in found}, rel=1e-4)
-    assert stream.count == 5 + 3 * 2 + 3 * 3  # all on the first window; the best of it; what may still win
-
-
-def test_windows_that_tell_nothing_more_are_not_compared():
-    whole = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(1))
-    stream = Compared(4)
-    assert set(_losses(stream, whole, {0: whole + 9 * noise, 1: whole + 0.1 * noise})) == {1}
-    assert stream.count == 3 + 3 * 2
 
 
 @pytest.mark.parametrize("window", [0, 2])
@@ -261,7 +258,7 @@ def test_logits_that_are_not_finite_are_refused(window):
     model = whole.clone()
     model[window, 1, 4] = float("nan")
     with pytest.raises(UserError, match="not finite on the calibration text"):
-        _losses(Compared(4), whole, {0: whole, 1: model, 2: whole})
+        _divergences(Compared(), whole, {0: whole, 1: model, 2: whole})
 
 
 def test_what_is_told_of_each_block_is_cut_with_the_blocks(tmp_path, text):
