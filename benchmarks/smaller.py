@@ -84,7 +84,7 @@ def _quality(folder: Path, wanted: dict[str, Any], options: Any) -> dict[str, An
     report = prune(
         folder, pruned, solver="sparsegpt", pattern=tuple(wanted["pattern"].split("+")), values=VALUES,
         calibration=rows.calibration_text(), samples=options.samples, sequence_length=options.sequence_length,
-        seed=options.seed, overwrite=True,
+        seed=options.seed, dtype="float32", overwrite=True,
     )  # fmt: skip
     file = export(pruned, gguf, format="gguf", overwrite=True)["file"]
     export(pruned, packed, overwrite=True)
