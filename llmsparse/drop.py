@@ -46,10 +46,7 @@ def choose(job: Job, windows: Tensor, count: int, folder: Path, progress: Any) -
     progress.start("dropping blocks", total * len(parts) * count)
     while len(blocks) < count:
         sums = {index: 0.0 for index in range(total) if index not in blocks}
-        states: dict[int, Tensor] = {}
         for number, part in enumerate(parts):
-            if number:
-                sums = {index: sums[index] for index in sorted(sums, key=sums.__getitem__)[:FINALISTS]}
             stream = BlockStream(
                 job.skeleton, part, job.dtype, job.device, job.batch_size(), job.recipe.offload, folder
             )
@@ -57,8 +54,9 @@ def choose(job: Job, windows: Tensor, count: int, folder: Path, progress: Any) -
             whole += [] if blocks else [stream.hidden]
             for index, lost in _divergences(stream, whole[number], shortened).items():
                 sums[index] += lost
-                if not number:
-                    states[index] = shortened[index].read(range(1)).clone()
+            if number == 0:
+                sums = {index: sums[index] for index in sorted(sums, key=sums.__getitem__)[:FINALISTS]}
+                states = {index: shortened[index].read(range(1)).clone() for index in sums}
             for each in [*shortened.values(), *([stream.hidden] if blocks else [])]:
                 each.close()
         least = min(sums, key=sums.__getitem__)
