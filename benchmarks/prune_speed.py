@@ -24,6 +24,7 @@ from llmsparse.eval.evaluate import evaluate
 from llmsparse.gguf_checkpoint import SMOLLM2_NAME, smollm2
 
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # who reads whose input
+DTYPE = "float32"  # of forward passes on both sides, as the published loop has it
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
             "context": options.sequence_length,
             "windows": options.eval_windows,
             "device": options.device,
+            "dtype": DTYPE,
         }
         found = {side: evaluate(out, options.eval_data, **shared) for side, out in outputs.items()}
         quality = {side: figures | figures["sources"][0] for side, figures in found.items()}
@@ -120,6 +122,7 @@ def _run(side: str, model: Path, out: Path, source: str, tokens: Path, options: 
         f"samples={options.samples}",
         f"sequence_length={options.sequence_length}",
         f"device={options.device}",
+        f"dtype={DTYPE}",
     )
 
 

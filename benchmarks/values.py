@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--results", default=rows.RESULTS / "values.json")
     options = parser.parse_args()
-    options.seed, options.device, options.dtype = 0, "auto", "auto"
+    options.seed, options.device, options.dtype = 0, "auto", "float32"
     for name, folder in map(models.named, options.models):
         for method in methods():
             wanted = _wanted(name, folder, method, options)
@@ -97,7 +97,9 @@ def _find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, A
 def _measure(folder: Path, method: Method, wanted: dict[str, Any], options: Any) -> dict[str, Any]:
     models.say(wanted, f"{wanted['values']} {method.how}, tables {method.embeddings}")
     place = made(folder, method, wanted, options)
-    found = evaluate(place, "wikitext2", context=options.context, windows=options.windows)
+    found = evaluate(
+        place, "wikitext2", context=options.context, windows=options.windows, dtype=options.dtype
+    )
     known = found | found["sources"][0]
     figures = {k: known[k] for k in ("perplexity", "standard_error", "tokens", "windows", "dtype")}
     row = {**wanted, **figures, "bits": bits(place, method), "evaluation_sha256": known["sha256"]}
@@ -122,7 +124,7 @@ def made(folder: Path, method: Method, wanted: dict[str, Any], options: Any) -> 
             folder, out, pattern=method.pattern or "as-is", values=method.values, embeddings=method.embeddings,
             set=() if method.values else (f"first_token={options.sequence_length / 2}",),
             calibration=rows.calibration_text(), samples=options.samples,
-            sequence_length=options.sequence_length, seed=options.seed, resume=True,
+            sequence_length=options.sequence_length, seed=options.seed, dtype=options.dtype, resume=True,
         )  # fmt: skip
     return out
 
