@@ -14,6 +14,7 @@ from llmsparse.processes import Processes
 BETAS = (0.9, 0.95)  # of Adam: few steps are taken
 WARM = 0.1  # share of the steps in which the rate rises
 TINY = 1e-12  # of a token's squared norm
+LEAST = 1e-3  # part in a token's squared norm, times the number of channels, below which all count alike
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Reconstruction:
 
     The rate is relative to each weight's root mean square, rises over the first tenth and falls to zero by a cosine.
     ``held_out`` of the windows choose the best epoch and are not trained on. ``norms``: train vectors (norms, biases)
-    too.
+    too. ``channels``: the power with which a channel of the hidden states counts less the larger it is; 0 counts all as
+    they are.
     """
 
     epochs: int = 2
@@ -30,6 +32,7 @@ class Reconstruction:
     batch: int = 1
     held_out: float = 0.0625
     norms: bool = False
+    channels: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -37,6 +40,8 @@ class Reconstruction:
                 raise UserError(f"reconstruct.{name} must be at least 1; {getattr(self, name)} was given")
         if not self.rate > 0:
             raise UserError(f"reconstruct.rate must be positive; {self.rate} was given, its default is 0.015")
+        if not 0 <= self.channels <= 2:
+            raise UserError(f"reconstruct.channels must lie between 0 and 2; {self.channels} was given")
         if not 0 < self.held_out < 1:
             raise UserError(f"reconstruct.held_out must lie between 0 and 1; {self.held_out} was given")
 
@@ -55,8 +60,9 @@ def reconstruct(
     """Train ``block`` on the stream's hidden states towards ``block.aims``; zeros outside ``masks`` stay.
 
     ``masks``: weight name -> (out, in), True = kept; a weight without one is left as it is. The error of a token is
-    |y - aim|^2 / |aim|^2, so that the few tokens of massive activations weigh as any other. The block itself is as it
-    was before afterwards.
+    sum_c w_c (y - aim)_c^2 / |aim|^2, so that the few tokens of massive activations weigh as any other, and with w_c the
+    inverse of a channel's part in |aim|^2 the few massive channels no more than the rest: in some models they hold nine
+    tenths of it, and the next norm scales them down. The block itself is as it was before afterwards.
     """
     training = _Training(block, masks, options, processes)
     try:
@@ -108,6 +114,7 @@ class _Training:
         self.held_out, self.windows = range(count - held, count), count - held
         self.steps = options.epochs * math.ceil(self.windows / options.batch)
         self.step = 0
+        self.importance = self._importance()
 
     def epoch(self, number: int, seed: int) -> None:
         """Every window that is not held out, once, in an order of its own."""
@@ -143,7 +150,19 @@ class _Training:
         aim = self.block.aims.read(indices).float()
         with torch.autocast(stream.device.type, stream.dtype, enabled=stream.dtype != torch.float32):
             output = self.block.forward(self.block.module, stream.hidden.read(indices).float())
-        return ((output - aim).square().sum(-1) / aim.square().sum(-1).clamp(min=TINY)).mean()
+        wrong = ((output - aim).square() * self.importance).sum(-1)
+        return (wrong / aim.square().sum(-1).clamp(min=TINY)).mean()
+
+    def _importance(self) -> Tensor:
+        """w_c (hidden,), of a mean of 1 over what the channels hold."""
+        aims, parts = self.block.aims, list[Tensor]()
+        assert aims is not None
+        for window in range(len(self.block.stream.hidden)):
+            squares = aims.read(range(window, window + 1)).float().square()
+            parts.append((squares / squares.sum(-1, keepdim=True).clamp(min=TINY)).mean((0, 1)))
+        share = self.processes.average(torch.stack(parts).mean(0))
+        weights = (share + LEAST / len(share)) ** -self.options.channels
+        return weights / (weights * share).sum()
 
     def held_out_error(self) -> float:
         """The mean over the windows held out, of all processes."""

@@ -37,24 +37,33 @@ def pruned_first_block(folder, windows, pattern="50%"):
     return block, masks
 
 
-def error_of(module, block, windows):
+def importance_of(block, power):
+    """Channel by channel: the inverse of its mean part in a token's squared norm, to a power."""
+    tokens = torch.cat([block.aims.read(range(i, i + 1))[0] for i in range(8)])
+    parts = [float((tokens[:, c].square() / tokens.square().sum(-1)).mean()) for c in range(tokens.shape[1])]
+    weights = [(part + 1e-3 / len(parts)) ** -power for part in parts]
+    whole = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    return torch.tensor(weights) / whole
+
+
+def error_of(module, block, windows, importance):
     found = []
     with torch.no_grad():
         for i in windows:
             aim = block.aims.read(range(i, i + 1))
             output = block.forward(module, block.stream.hidden.read(range(i, i + 1)))
-            found.append(((output - aim).square().sum(-1) / aim.square().sum(-1)).mean())
+            found.append((((output - aim).square() * importance).sum(-1) / aim.square().sum(-1)).mean())
     return float(torch.stack(found).mean())
 
 
-@pytest.mark.parametrize("norms", [False, True])
-def test_reconstruction_equals_a_plain_training_loop(norms, tmp_path):
+@pytest.mark.parametrize(("norms", "channels"), [(False, 1.0), (True, 1.0), (False, 0.0), (False, 0.5)])
+def test_reconstruction_equals_a_plain_training_loop(norms, channels, tmp_path):
     block, masks = pruned_first_block(save_tiny("llama", tmp_path / "m"), windows_for(8))
     before = copy.deepcopy(block.module.state_dict())
     module = copy.deepcopy(block.module)
-    outcome = reconstruct(
-        block, masks, Reconstruction(2, 0.01, batch=2, held_out=0.25, norms=norms), Processes.alone(), seed=5
-    )
+    options = Reconstruction(2, 0.01, batch=2, held_out=0.25, norms=norms, channels=channels)
+    outcome = reconstruct(block, masks, options, Processes.alone(), seed=5)
+    weighing = importance_of(block, channels)
     assert all(torch.equal(v, before[k]) for k, v in block.module.state_dict().items()), (
         "the block was changed"
     )
@@ -63,7 +72,11 @@ def test_reconstruction_equals_a_plain_training_loop(norms, tmp_path):
     trained = {k: p for k, (n, p) in names.items() if p.dim() == 2 or norms}
     optimizers = {k: torch.optim.Adam([p], lr=1.0, betas=(0.9, 0.95)) for k, p in trained.items()}
     scale = {k: float(p[p != 0].square().mean().sqrt()) for k, p in trained.items()}
-    best, kept, step = error_of(module, block, (6, 7)), {k: p.detach().clone() for k, p in trained.items()}, 0
+    best, kept, step = (
+        error_of(module, block, (6, 7), weighing),
+        {k: p.detach().clone() for k, p in trained.items()},
+        0,
+    )
     for epoch in (1, 2):
         order = torch.randperm(6, generator=torch.Generator().manual_seed(5 * 1009 * 1009 + epoch)).tolist()
         for pair in (order[0:2], order[2:4], order[4:6]):
@@ -76,14 +89,15 @@ def test_reconstruction_equals_a_plain_training_loop(norms, tmp_path):
             for i in pair:
                 aim = block.aims.read(range(i, i + 1))
                 output = block.forward(module, block.stream.hidden.read(range(i, i + 1)))
-                total = total + ((output - aim).square().sum(-1) / aim.square().sum(-1)).mean() / 2
+                wrong = ((output - aim).square() * weighing).sum(-1)
+                total = total + (wrong / aim.square().sum(-1)).mean() / 2
             total.backward()
             for k, p in trained.items():
                 optimizers[k].param_groups[0]["lr"] = rate * scale[k]
                 optimizers[k].step()
                 if k in masks:
                     p.data.mul_(masks[k])
-        now = error_of(module, block, (6, 7))
+        now = error_of(module, block, (6, 7), weighing)
         if now < best:
             best, kept = now, {k: p.detach().clone() for k, p in trained.items()}
     assert outcome.errors["after"] == pytest.approx(best, rel=1e-4)
