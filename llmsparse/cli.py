@@ -37,6 +37,11 @@ class Shell(NamedTuple):
 
 SHELLS = {
     "prune": Shell("llmsparse.prune", "prune", "Prune MODEL, a hub id or a folder, into the new folder OUT."),
+    "recover": Shell(
+        "llmsparse.recover",
+        "recover",
+        "Train SPARSE, its zeros held, on its dense parent's outputs, into OUT.",
+    ),
     "quantize": Shell(
         "llmsparse.quantize", "quantize", "Round MODEL's weights to int8 or int4, calibrated, into OUT."
     ),
@@ -219,7 +224,7 @@ def run(command: str, given: dict[str, Any], as_json: bool) -> None:
             with progress:
                 result = function(**given)
         except KeyboardInterrupt:
-            resumable = "; run the same command with --resume to continue" if command == "prune" else ""
+            resumable = "; run the same command with --resume to continue" if "resume" in taken else ""
             _end(f"interrupted{resumable}", 130)
         except Exception as error:
             if (explanation := explain(error, given)) is None:

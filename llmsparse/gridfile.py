@@ -31,6 +31,13 @@ def tensors(name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     return {name + CODES: codes, name + SCALES: scales.to(torch.bfloat16)}
 
 
+def described(grid: Grid, tables: str, dtype: torch.dtype) -> dict[str, str]:
+    """What a report tells a reader of quantised weights; ``tables``: the values of embedding and output tables."""
+    stored = str(dtype).removeprefix("torch.")
+    note = f"a weight is code x scale, both in {NAME}; the {stored} weights are the rounding of that"
+    return {"file": NAME, "values": str(grid), "tables": tables, "note": note}
+
+
 class GridFile:
     """The codes of a folder's weights, read weight by weight."""
 

@@ -171,6 +171,15 @@ class Skeleton:
         prefix = next(name for name, module in self.model.named_modules() if module is root)
         self._fill(root, prefix, dtype, device, None, without=self.blocks)
 
+    def materialize_all(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The whole model with its values; ``release_all`` sends it back."""
+        self.materialize_outside(self.model, dtype, device)
+        for index in range(len(self.blocks)):
+            self.materialize(f"{self.block_path}.{index}", dtype, device)
+        self.model.tie_weights()
+        self.checkpoint.close()
+        return self.model
+
     def _fill(self, root: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device, reader: Any,
               without: nn.Module | None = None) -> None:  # fmt: skip
         for key, parameter in root._parameters.items():
@@ -194,6 +203,12 @@ class Skeleton:
     def release_outside(self, root: nn.Module) -> None:
         """The same for everything in ``root`` but the blocks."""
         _to_meta(root, self.blocks)
+
+    def release_all(self) -> None:
+        """Send every parameter back to the meta device."""
+        for index in range(len(self.blocks)):
+            self.release(f"{self.block_path}.{index}")
+        self.release_outside(self.model)
 
     @cached_property
     def weights(self) -> list[Weight]:

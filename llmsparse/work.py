@@ -26,9 +26,9 @@ from llmsparse.solution import Solution, masked
 from llmsparse.solvers.sparsegpt import SparseGPT
 from llmsparse.statistics import FirstTokens, Gram, SquaredNorm, Statistics
 from llmsparse.stream import BlockStream
+from llmsparse.tables import round_table
 from llmsparse.writer import Writer
 
-ROWS = 4096  # of a table rounded at a time
 AIM_DAMPING = 0.1  # of aiming a weight at the dense model's inputs
 
 
@@ -109,18 +109,10 @@ class Work:
     def _round_table(self, name: str, grid: Grid) -> dict[str, Any]:
         """Round an embedding or output table, and write it with its codes."""
         stored = self.job.checkpoint.tensor(name)
-        codes, scales, lost, whole = [], [], 0.0, 0.0
-        for rows in stored.split(ROWS):
-            dense = rows.float()
-            found, scale = grid.nearest(dense)
-            values = grid.values(found, scale)
-            lost, whole = lost + float((values - dense).square().sum()), whole + float(dense.square().sum())
-            rows.copy_(values)
-            codes.append(found)
-            scales.append(scale)
+        table = round_table(stored, grid)
         same = dict.fromkeys([name, *self.job.skeleton.same_as(name)], stored)
-        self.writer.write(same | gridfile.tensors(name, torch.cat(codes), torch.cat(scales)))
-        return {"name": name, "shape": list(stored.shape), "values": str(grid), "squared_error": lost / whole}
+        self.writer.write(same | table.tensors(name))
+        return table.row(name, grid)
 
     @property
     def main(self) -> bool:
@@ -228,7 +220,7 @@ class Desk:
             weight, mask = self.weights[name], self.masks[name]
             stored = weight.stored(self.disk[weight.source])
             stored.copy_(torch.where(mask.to(view.device), view, 0.0))
-            _verify(name, stored, mask.to(stored.device))
+            verify(name, stored, mask.to(stored.device))
             self.views[name].copy_(stored)
             self.records[name]["block_error"] = outcome.errors
             if job.grid:
@@ -298,7 +290,7 @@ def prune_weight(
             notes["warning"] = f"{seen}; use more calibration text"
         solution = _calibrated(solver, weight.name, dense, statistics, pattern, grid)
     stored.copy_(solution.weight)
-    _verify(weight.name, stored, solution.mask.to(stored.device))
+    verify(weight.name, stored, solution.mask.to(stored.device))
     solved, codes = stored.to(dense), {}
     if grid is not None:
         if solution.codes is None or solution.scales is None:
@@ -339,7 +331,7 @@ def _calibrated(
         raise SolverError(f"{name}: {error}") from error
 
 
-def _verify(name: str, stored: Tensor, mask: Tensor) -> None:
+def verify(name: str, stored: Tensor, mask: Tensor) -> None:
     """The mask after the cast to the checkpoint's dtype: pruned weights are +0.0, the others finite."""
     bits = stored.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.element_size()])
     if not bool(((bits == 0) | mask).all()):
