@@ -40,7 +40,7 @@ class Training:
         self.options: Recovery = student.options
         self.processes, self.folder, self.progress, self.blocks = processes, folder, progress, blocks
         self.tokens = self.options.batch * text.windows.shape[1]  # of a step
-        self.dtype = dtype if self.options.master == "float32" else torch.float32
+        self.dtype = dtype if student.master == torch.float32 else student.master
         with torch.no_grad(), self._products():
             student.lighten(self.dtype)
             self.forward: Forward = forward_of(student.model, text.windows[:1].to(student.device))
@@ -76,8 +76,9 @@ class Training:
         self.course.step += 1
         student, options, step = self.student, self.options, self.course.step
         self._choose_masks(step)
+        rate = options.lr * share_of(step, options.steps, WARM)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * share_of(step, options.steps, WARM)
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate  # torchao's is one
         student.train(True)
         lost = torch.zeros((), device=student.device)
         for rows in self._batches(step):
@@ -138,7 +139,7 @@ class Training:
 
     def _products(self) -> AbstractContextManager[Any]:
         """Matrix products in ``dtype``, everything else as the masters are."""
-        if self.dtype == torch.float32:
+        if self.dtype == self.student.master:
             return nullcontext()
         return torch.autocast(self.student.device.type, self.dtype)
 
