@@ -78,7 +78,9 @@ class Training:
         self._choose_masks(step)
         rate = options.lr * share_of(step, options.steps, WARM)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate  # torchao's is one
+            group["lr"] = (
+                group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+            )  # torchao's is one
         student.train(True)
         lost = torch.zeros((), device=student.device)
         for rows in self._batches(step):
