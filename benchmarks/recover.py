@@ -26,7 +26,7 @@ KEY = (*models.IDENTITY, "tokens", "options", "trained_on", "limit", "device")
 TEXTS = ("c4", "c4_exl3", "wikipedia", "iot_docs")  # below text/ of $LLMSPARSE_DATA, in equal parts
 TASKS = ["lambada_openai", "arc_easy", "hellaswag", "winogrande", "copa"]
 STUDENT, TEACHER = 6, 2  # operations a token and parameter: forward, and twice that backward; forward
-FACTS = ("name", "data", "sha256", "perplexity", "standard_error", "tokens", "windows")
+FACTS = ("sha256", "perplexity", "standard_error", "tokens", "windows")
 
 
 def main() -> None:
@@ -114,7 +114,8 @@ def _measure(folder: Path, wanted: dict[str, Any], options: Any) -> dict[str, An
         **wanted,
         "context": options.context,
         "texts": [
-            {key: row[key] for key in FACTS} | {"data": rows.public(row["data"])} for row in found["sources"]
+            {"data": rows.public(data)} | {key: row[key] for key in FACTS}
+            for data, row in zip(options.judged_on, found["sources"], strict=True)
         ],
         "tasks": found.get("tasks", []),
         **{key: value for key, value in run.items() if key != "tokens_sha256"},

@@ -24,7 +24,7 @@ def test_rows_are_measured_once_and_a_table_says_what_came_back(tmp_path, text, 
     dense, sparse, trained = rows.read(tmp_path / "rows.json")
     assert [row["tokens"] for row in (dense, sparse, trained)] == [0, 0, 3000]
     assert dense["solver"] == "dense" and trained["options"] == sorted(
-        "lr=1e-3 sequence_length=32 dtype=float32".split()
+        ["lr=1e-3", "sequence_length=32", "dtype=float32"]
     )
     assert trained["kl"]["after"] < trained["kl"]["before"]
     assert 0 < trained["fraction_of_matmul_rate"] < 1
