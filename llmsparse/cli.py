@@ -40,7 +40,7 @@ SHELLS = {
     "recover": Shell(
         "llmsparse.recover",
         "recover",
-        "Train SPARSE, its zeros held, on its dense parent's outputs, into OUT.",
+        "Train SPARSE, zeros held, on its dense parent's outputs.",
     ),
     "quantize": Shell(
         "llmsparse.quantize", "quantize", "Round MODEL's weights to int8 or int4, calibrated, into OUT."

@@ -15,6 +15,7 @@ from llmsparse.course import Course
 from llmsparse.device import forward_dtype, pick_device
 from llmsparse.errors import UserError
 from llmsparse.eval.models import check_same_vocabulary, load_model
+from llmsparse.extras import Extra, require
 from llmsparse.parentage import check_parent, kept_blocks, report_of
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
@@ -28,6 +29,7 @@ from llmsparse.teacher import Beside, Teacher, Written
 from llmsparse.training import Training
 from llmsparse.writer import Writer
 
+TORCHAO = Extra("train", {"torchao": "0.18"})
 WRITTEN = 32  # windows that a teacher writes at once
 
 
@@ -70,6 +72,8 @@ class Run:
     def prepare(cls, sparse: str | Path, options: Recovery, progress: Any) -> "Run":
         """Everything that needs no weight and no text is decided and refused here."""
         trust, device = options.trust_remote_code, pick_device(options.device)
+        if options.optimizer == "adamw8bit":
+            require("--optimizer adamw8bit", TORCHAO, TORCHAO.packages)
         checkpoint = Checkpoint.open(sparse, None, options.token, options.cache_dir)
         if checkpoint.is_packed:
             raise UserError(f"{sparse} is packed; recover the folder that it was exported from")

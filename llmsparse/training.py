@@ -14,7 +14,6 @@ from torch import Tensor
 from llmsparse import distil
 from llmsparse.apart import Text
 from llmsparse.course import Course
-from llmsparse.errors import UserError
 from llmsparse.eval.forward import Forward, forward_of
 from llmsparse.processes import Processes
 from llmsparse.recovery import Recovery
@@ -228,11 +227,7 @@ def _optimizer(options: Recovery, masters: list[Any]) -> torch.optim.Optimizer:
     if options.optimizer == "adamw":
         fused = all(master.dtype == torch.float32 for master in masters)
         return torch.optim.AdamW(masters, options.lr, BETAS, weight_decay=0.0, fused=fused)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError(
-            "--optimizer adamw8bit needs torchao; pip install torchao, or use --optimizer adamw"
-        ) from error
+    from torchao.optim import AdamW8bit
+
     rounding = options.master == "bfloat16"
     return AdamW8bit(masters, options.lr, BETAS, weight_decay=0.0, bf16_stochastic_round=rounding)
