@@ -28,6 +28,10 @@ LITTLE = {
     "dtype": "float32",
     "device": "cpu",
 }
+EIGHT_BITS = pytest.param(  # torchao compiles its step, and torch's compiler warns of itself
+    {"optimizer": "adamw8bit", "master": "bfloat16"},
+    marks=pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+)
 MODES = [
     {},
     {"train": "linears"},
@@ -40,6 +44,7 @@ MODES = [
     {"top_k": 16},
     {"batch_size": 3, "checkpointing": True},
     {"dtype": "bfloat16"},
+    EIGHT_BITS,
 ]
 
 
@@ -127,6 +132,8 @@ def test_a_run_is_the_plain_training_loop(pair, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_every_mode_gains_and_keeps_its_zeros_at_every_saved_step(mode, pair, tmp_path, text, monkeypatch):
+    if "optimizer" in mode:
+        pytest.importorskip("torchao")
     dense, sparse = pair
     masks = {name: weight != 0 for name, weight in pruned(sparse).items()}
     saved, real = [], Training._save
@@ -210,9 +217,11 @@ def test_smaller_models_recover(pattern, tmp_path, text):
 
 @pytest.mark.parametrize("looks", [1, 3])
 @pytest.mark.parametrize(
-    "mode", [{}, {"masks": "splice", "splice_every": 2}, {"train": "lora"}, {"top_k": 8}], ids=str
+    "mode", [{}, {"masks": "splice", "splice_every": 2}, {"train": "lora"}, {"top_k": 8}, EIGHT_BITS], ids=str
 )
 def test_an_interrupted_run_resumes_to_identical_bytes(mode, looks, pair, tmp_path, text, monkeypatch):
+    if "optimizer" in mode:
+        pytest.importorskip("torchao")
     _, sparse = pair
     options = {"data": text, **LITTLE, **mode}
     expected = recover(sparse, tmp_path / "expected", **options)
