@@ -26,6 +26,13 @@ def layout(
     return tensors
 
 
+def beside(quantised: dict[str, tuple[tuple[int, int], Grid]]) -> dict[str, tuple[dict, dict[str, str]]]:
+    """The file, if anything is ``quantised`` (name -> (out, in) shape and grid): its tensors and metadata."""
+    shapes, grids = ({name: each[i] for name, each in quantised.items()} for i in (0, 1))
+    described = {name: str(grid) for name, grid in grids.items()}
+    return {NAME: (layout(shapes, grids), described)} if quantised else {}  # type: ignore[arg-type]
+
+
 def tensors(name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """One weight's part of the file."""
     return {name + CODES: codes, name + SCALES: scales.to(torch.bfloat16)}

@@ -50,7 +50,7 @@ def prune(
     job = smaller.job
     job.device = processes.device(job.device)
     phases = Phases(job.device, progress.now)
-    writer = Writer(job.checkpoint, out, overwrite, job.quantised())
+    writer = Writer(job.checkpoint, out, overwrite, job.beside())
     work = Work(job, writer, processes, phases, progress)
     progress.start("reading text", 1)
     with work.phases("calibration text"):

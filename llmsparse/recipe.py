@@ -77,6 +77,9 @@ class Recipe:
     reconstruct: int = option(
         0, "epochs of training each block's kept weights on the calibration text, after the solver"
     )
+    compensate: int = option(
+        0, "rank of an adapter beside OUT (PEFT's LoRA) that takes most of each weight's error; 0 for none"
+    )
     permute: bool = option(
         False,
         "first put channels into an order in which an n:m pattern keeps more; what the model computes stays",
@@ -114,6 +117,8 @@ class Recipe:
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)} is unknown; use {', '.join(known)}")
+        if self.compensate < 0:
+            raise UserError(f"--compensate {self.compensate} must be a rank, or 0 for none")
         if self.reconstruct < 0:
             raise UserError(f"--reconstruct {self.reconstruct} must be a number of epochs, or 0 for none")
         if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):

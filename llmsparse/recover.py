@@ -110,7 +110,7 @@ class Run:
             fingerprint = processes.first(self._fingerprint(text) if main else None)
         with self.phases("read"):
             student = self._student()
-        writer = Writer(self.sparse, out, overwrite, student.quantised())
+        writer = Writer(self.sparse, out, overwrite, gridfile.beside(student.quantised()))
         processes.together(lambda: writer.begin(fingerprint, resume) if main else None)
         windows = held_apart(text.windows)
         with self.phases("teacher"):

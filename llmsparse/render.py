@@ -26,6 +26,7 @@ def prune(report: Row) -> RenderableType:
         *([zeros] if report["weights"] else []),
         *_permutation(report),
         *_rounding(report),
+        *_adapter(report),
         f"{duration(sum(seconds.values()))} ({', '.join(f'{k} {duration(v)}' for k, v in seconds.items())}), "
         f"peak memory {byte_size(max(peak.values(), default=0))}",
         *(f"warning: {text}" for text in report.get("warnings", ())),
@@ -76,6 +77,16 @@ def _rounding(report: Row) -> list[str]:
     tables = [f"{t['name']} {t['values']} (error {t['squared_error']:.2g})" for t in report["tables"]]
     return [
         f"values {report['grid']['values']}; tables: {', '.join(tables) or 'kept'}; {report['grid']['note']}"
+    ]
+
+
+def _adapter(report: Row) -> list[str]:
+    left = [row["error_left"] for row in report["weights"] if "error_left" in row]
+    if not left:
+        return []
+    rank, share = report["options"]["compensate"], sum(left) / len(left)
+    return [
+        f"an adapter of rank {rank} in {report['out']}/adapter leaves {share:.1%} of {len(left)} weights' errors"
     ]
 
 

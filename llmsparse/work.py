@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmsparse import gridfile
 from llmsparse.block import Block
 from llmsparse.calibration import Calibration
+from llmsparse.compensation import compensate, keys, write_config
 from llmsparse.errors import SolverError, UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import Fixed, Pattern, Unstructured
@@ -76,6 +77,11 @@ class Work:
                     report["tables"].append(self._round_table(name, grid))
                     written |= {name, *self.job.skeleton.same_as(name)}
                 self.writer.copy(sorted(set(self.job.checkpoint.names()) - written))
+                if paths := self.job.adapted:
+                    weights = {w.name: w for w in self.job.weights}
+                    write_config(
+                        self.writer.work, weights, paths, self.job.recipe.compensate, self.writer.out.name
+                    )
                 self.writer.prepare_to_finish(report)
         self.processes.together(lambda: self.writer.finish(report) if self.main else None)
         for name in self.stages if self.main else ():
@@ -136,7 +142,7 @@ class Desk:
     weights: dict[str, Weight]
     views: dict[str, Tensor]
     disk: dict[str, Tensor] = field(default_factory=dict)  # the block's tensors as they will be written
-    codes: dict[str, Tensor] = field(default_factory=dict)  # tensors of grid.safetensors
+    codes: dict[str, Tensor] = field(default_factory=dict)  # tensors of the files beside
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)  # (out, in), of a block that is to be trained
     trained: dict[str, Tensor] = field(default_factory=dict)  # its weights after that, (out, in) float32
@@ -264,14 +270,14 @@ class Desk:
 
 Solved = tuple[
     dict[str, Any], dict[str, Tensor], Tensor
-]  # record, tensors of grid.safetensors, mask (out, in)
+]  # record, tensors of the files beside, mask (out, in)
 
 
 def prune_weight(
     job: Job, weight: Weight, stored: Tensor, statistics: Any, grid: Grid | None,
     solver: Any = None, pattern: Pattern | None = None,
 ) -> Solved:  # fmt: skip
-    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor); say how it went, its codes and mask.
+    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor); say how it went, what is written beside.
 
     By the job's solver to the job's pattern, unless others are given.
     """
@@ -298,6 +304,12 @@ def prune_weight(
         solved = grid.values(solution.codes, solution.scales)
         codes = gridfile.tensors(weight.name, solution.codes.cpu(), solution.scales.cpu())
         notes["values"] = str(grid)
+    if path := job.adapted.get(weight.name):
+        wanted = aimed(dense, statistics, AIM_DAMPING) if isinstance(statistics, Gram) else dense
+        adapter = compensate(wanted - solved, statistics, job.recipe.compensate)
+        parts = zip(keys(path), adapter[:2], strict=True)
+        codes |= {key: part.to("cpu", job.checkpoint.stored_dtype) for key, part in parts}
+        notes["error_left"] = adapter.left
     record = {
         "name": weight.name,
         "shape": [weight.out_features, weight.in_features],
