@@ -1,6 +1,6 @@
 """What training after pruning gives back: perplexity and zero-shot scores before and after, seconds, share of the machine.
 
-    python -m benchmarks.recover "NAME=FOLDER" --keep FOLDER --patterns 50% 2:4 --tokens 0 0.25M 1M [--options lr=2e-4]
+    python -m benchmarks.recover ["NAME=FOLDER"] [--patterns 50% 2:4] [--tokens 0 0.25M 1M] [--options lr=2e-4]
 
 Each model is pruned by --solver (as ``benchmarks.quality`` does), trained on --tokens of the text (0: not at all) and
 evaluated on two texts that it was not trained on, and on zero-shot tasks. A row a model; one that is there is not measured
@@ -18,6 +18,7 @@ from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import DTYPES, pick_device
 from llmsparse.eval.evaluate import evaluate
 from llmsparse.figures import with_error
+from llmsparse.gguf_checkpoint import SMOLLM2_NAME, smollm2
 from llmsparse.recover import recover
 from llmsparse.recovery import Recovery, count_of
 from llmsparse.skeleton import Skeleton
@@ -26,12 +27,13 @@ KEY = (*models.IDENTITY, "tokens", "options", "trained_on", "limit", "device")
 TEXTS = ("c4", "c4_exl3", "wikipedia", "iot_docs")  # below text/ of $LLMSPARSE_DATA, in equal parts
 TASKS = ["lambada_openai", "arc_easy", "hellaswag", "winogrande", "copa"]
 STUDENT, TEACHER = 6, 2  # operations a token and parameter: forward, and twice that backward; forward
+KEPT = rows.ROOT / "build" / "recover"
 FACTS = ("sha256", "perplexity", "standard_error", "tokens", "windows")
 
 
 def main() -> None:
     options = _parse()
-    name, folder = models.named(options.model)
+    name, folder = models.named(options.model) if options.model else (SMOLLM2_NAME, smollm2())
     cells = [_wanted(name, folder, pattern, tokens, options) for pattern, tokens in _cells(options)]
     for wanted in cells if not options.show else []:
         if find(rows.read(Path(options.results)), wanted) is None:
@@ -43,8 +45,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a folder, or NAME=FOLDER")
-    parser.add_argument("--keep", required=True, help="a folder where the models stay")
+    parser.add_argument("model", nargs="?", help="a folder, or NAME=FOLDER (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--keep", default=KEPT, help="a folder where the models stay (default build/recover)")
     parser.add_argument("--solver", default="alps+targets=dense+reconstruct=1")
     parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
     parser.add_argument("--tokens", nargs="+", default=["0", "0.25M", "1M"])

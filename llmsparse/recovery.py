@@ -50,7 +50,9 @@ class Recovery:
         "keep so many of the teacher's likeliest tokens on disk, so that it reads a window once (0: it runs along)",
     )
     batch: int = option(4, "windows a step")
-    batch_size: int = option(1, "of them in a forward pass")
+    batch_size: str = option(
+        "auto", "of them in a forward pass: a number, or auto, one on a CPU and all elsewhere"
+    )
     sequence_length: int = option(512, "tokens a window")
     evaluations: int = option(
         10, "how often the held-out text is looked at, and the run can be continued from"
@@ -75,7 +77,10 @@ class Recovery:
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)} is unknown; use {', '.join(known)}")
-        for name in ("rank", "splice_every", "batch", "batch_size", "evaluations"):
+        object.__setattr__(self, "batch_size", str(self.batch_size))
+        if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):
+            raise UserError(f"--batch-size {self.batch_size} must be auto or a number of at least 1")
+        for name in ("rank", "splice_every", "batch", "evaluations"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.sequence_length < 2:
@@ -117,6 +122,11 @@ class Recovery:
     def steps(self) -> int:
         """Steps of ``batch`` windows that reach ``tokens``."""
         return -(-count_of(self.tokens) // (self.batch * self.sequence_length))
+
+    def in_a_pass(self, device: str) -> int:
+        """Windows in a forward pass on a ``device`` of that type."""
+        alone = 1 if device == "cpu" else self.batch
+        return alone if self.batch_size == "auto" else int(self.batch_size)
 
     @property
     def windows(self) -> int:

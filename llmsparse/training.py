@@ -115,7 +115,10 @@ class Training:
             epoch, index = divmod(place, self.text.trained)
             random = torch.Generator().manual_seed(self.options.seed * 100003 + epoch)
             rows.append(int(torch.randperm(self.text.trained, generator=random)[index]))
-        rows, size = rows[self.processes.rank :: self.processes.count], self.options.batch_size
+        rows, size = (
+            rows[self.processes.rank :: self.processes.count],
+            self.options.in_a_pass(self.student.device.type),
+        )
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _backward(self, rows: list[int]) -> Tensor:
