@@ -14,6 +14,7 @@ from torch import Tensor
 from llmsparse import distil
 from llmsparse.apart import Text
 from llmsparse.course import Course
+from llmsparse.errors import UserError
 from llmsparse.eval.forward import Forward, forward_of
 from llmsparse.processes import Processes
 from llmsparse.recovery import Recovery
@@ -64,10 +65,7 @@ class Training:
             if not math.isfinite(loss):
                 course.diverged = f"the loss is not finite at step {course.step}"
             elif course.step in looks:
-                found = self._look()
-                if not found <= LOST * course.before:
-                    rose = f"rose from {course.before:.4g} to {found:.4g}"
-                    course.diverged = f"the held-out divergence {rose} at step {course.step}"
+                self._look()
         return course
 
     def _step(self) -> float:
@@ -77,9 +75,8 @@ class Training:
         self._choose_masks(step)
         rate = options.lr * share_of(step, options.steps, WARM)
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
-            )  # torchao's is one
+            own = group["lr"]  # torchao's is a tensor
+            group["lr"] = own.fill_(rate) if isinstance(own, Tensor) else rate
         student.train(True)
         lost = torch.zeros((), device=student.device)
         for rows in self._batches(step):
@@ -115,10 +112,8 @@ class Training:
             epoch, index = divmod(place, self.text.trained)
             random = torch.Generator().manual_seed(self.options.seed * 100003 + epoch)
             rows.append(int(torch.randperm(self.text.trained, generator=random)[index]))
-        rows, size = (
-            rows[self.processes.rank :: self.processes.count],
-            self.options.in_a_pass(self.student.device.type),
-        )
+        rows = rows[self.processes.rank :: self.processes.count]
+        size = self.options.in_a_pass(self.student.device.type)
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _backward(self, rows: list[int]) -> Tensor:
@@ -157,8 +152,12 @@ class Training:
             self.processes.average(master.grad)
 
     @torch.no_grad()
-    def _look(self) -> float:
-        """The divergence on the held-out text; the weights and the state are kept, if they are the best, or all in all."""
+    def _look(self) -> None:
+        """The divergence on the held-out text; the state is kept, and the weights if they are the best.
+
+        Raises:
+            UserError: it is not finite before the first step.
+        """
         course, lost = self.course, torch.zeros((), device=self.student.device)
         held = range(self.text.trained, len(self.text.windows))
         for row in held[self.processes.rank :: self.processes.count]:
@@ -176,11 +175,15 @@ class Training:
         )
         if not course.step:
             course.before = found
+            if not math.isfinite(found):
+                raise UserError("the outputs of SPARSE or its teacher are not finite; use --dtype float32")
+        if not found <= LOST * course.before:
+            rose = f"rose from {course.before:.4g} to {found:.4g}"
+            course.diverged = f"the held-out divergence {rose} at step {course.step}"
         if found < course.best:
             course.best, course.best_step = found, course.step
             self._save(BEST, {"step": course.step, "values": self.student.values()})
         self._save(STATE, self._state())
-        return found
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -228,11 +228,10 @@ def test_an_interrupted_run_resumes_to_identical_bytes(mode, looks, pair, tmp_pa
     real, count = Training._look, []
 
     def look(self):
-        found = real(self)
-        count.append(found)
+        real(self)
+        count.append(self.course.step)
         if len(count) == looks:
             raise KeyboardInterrupt
-        return found
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_look", look)
