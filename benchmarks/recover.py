@@ -8,6 +8,7 @@ again, and a training that was cut off goes on.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ from llmsparse.skeleton import Skeleton
 KEY = (*models.IDENTITY, "tokens", "options", "trained_on", "limit", "device")
 TEXTS = ("c4", "c4_exl3", "wikipedia", "iot_docs")  # below text/ of $LLMSPARSE_DATA, in equal parts
 TASKS = ["lambada_openai", "arc_easy", "hellaswag", "winogrande", "copa"]
-STUDENT, TEACHER = 6, 2  # operations a token and parameter: forward, and twice that backward; forward
+TRAINED, HELD, TEACHER = (
+    6,
+    4,
+    2,
+)  # operations a token and parameter: one pass forward is 2, its gradients 2 each
 KEPT = rows.ROOT / "build" / "recover"
 FACTS = ("sha256", "perplexity", "standard_error", "tokens", "windows")
 
@@ -134,16 +139,19 @@ def _train(folder: Path, sparse: Path, out: Path, wanted: dict[str, Any], option
         key: kinds[key](value) if kinds[key] is not type(None) else value for key, value in given.items()
     }
     models.say(wanted, f"{wanted['tokens']} tokens: training")
-    report = recover(
-        sparse, out, teacher=str(folder), data=options.data, tokens=str(wanted["tokens"]), device=options.device,
-        seed=options.seed, resume=True, overwrite=True, **asked,
-    )  # fmt: skip
+    if (out / "report.json").exists():
+        report = json.loads((out / "report.json").read_text())
+    else:
+        report = recover(
+            sparse, out, teacher=str(folder), data=options.data, tokens=str(wanted["tokens"]), device=options.device,
+            seed=options.seed, resume=True, **asked,
+        )  # fmt: skip
     found = report["recovery"]
     gflops = matmul_gflops(found["options"]["device"], dtype=DTYPES[found["options"]["dtype"]])
     seconds = found["curve"][-1]["seconds"]
-    work = sum(
-        (share * products(place)) * found["tokens"] for share, place in ((STUDENT, sparse), (TEACHER, folder))
-    )
+    teacher = 0 if found["options"]["top_k"] else TEACHER * sum(products(folder))
+    trained, held = products(sparse)
+    work = (TRAINED * trained + HELD * held + teacher) * found["tokens"]
     return {
         "kl": found["kl"],
         "curve": found["curve"],
@@ -160,12 +168,11 @@ def _train(folder: Path, sparse: Path, out: Path, wanted: dict[str, Any], option
     }
 
 
-def products(folder: Path) -> int:
-    """Parameters that a token is multiplied with: the linear weights and the output table."""
+def products(folder: Path) -> tuple[int, int]:
+    """Parameters that a token is multiplied with: of the blocks' linear weights, and of the output table."""
     skeleton = Skeleton(Checkpoint(folder))
     linear = sum(w.out_features * w.in_features for w in skeleton.weights if w.block is not None)
-    head = skeleton.model.get_output_embeddings().weight
-    return linear + head.numel()
+    return linear, skeleton.model.get_output_embeddings().weight.numel()
 
 
 def table(measured: list[dict[str, Any]], cells: list[dict[str, Any]], options: Any) -> str:

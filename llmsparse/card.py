@@ -93,7 +93,8 @@ def _lead(found: Publication, run: Run, fields: dict[str, Any]) -> str:
     if run.recovery:
         parts.append(f"then trained on {count(run.recovery['tokens'])} tokens of its dense parent's outputs")
     if found.report.get("grid"):
-        parts.append(f"its weights rounded to {found.report['grid']['values']} by calibration")
+        how = "in training" if run.recovery else "by calibration"
+        parts.append(f"its weights rounded to {found.report['grid']['values']} {how}")
     elif kinds(found):
         parts.append(f"its weights stored as {', '.join(kinds(found))}")
     if found.export.get("format"):
@@ -199,9 +200,14 @@ def _licence(source: str) -> str:
 def _recovered(report: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     yield f"```console\n{shlex.join(command_of_recovery(report))}\n```"
     data, kl, windows = found["options"]["data"], found["kl"], found["windows"]
+    over = (
+        f" over its {few} likeliest tokens and all others as one"
+        if (few := found["options"]["top_k"])
+        else ""
+    )
     yield (
         f"Recovery: {found['tokens']:,} tokens, {plain(found['epochs'])} times {windows['trained']} windows of `{data}` "
-        f"({_licence(data)}); sha256 of the tokens `{found['tokens_sha256']}`. KL divergence from the dense model on "
+        f"({_licence(data)}); sha256 of the tokens `{found['tokens_sha256']}`. KL divergence from the dense model{over} on "
         f"{windows['held_out']} windows held out: {plain(kl['before'])} nats a token before, {plain(kl['after'])} after."
     )
 

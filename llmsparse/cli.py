@@ -252,7 +252,10 @@ def explain(error: Exception, given: dict[str, Any]) -> str | None:
         where = f" while writing {given['out']}" if "out" in given else ""
         return f"disk full{where} ({text}); free some space, then run the same command with --resume"
     if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory ({text}); use a smaller --batch-size, --samples or --sequence-length, or --device cpu"
+        less = "a smaller --batch-size, --samples or --sequence-length, or --device cpu"
+        if "sparse" in given:
+            less = "--checkpointing, --optimizer adamw8bit, a smaller --batch-size or --sequence-length, or --device cpu"
+        return f"out of memory ({text}); use {less}"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return f"{text}; choose a place that you may read and write"
     return None

@@ -13,7 +13,6 @@ from llmsparse.statistics import Gram, SquaredNorm
 FOLDER = "adapter"
 NAME = f"{FOLDER}/adapter_model.safetensors"
 CONFIG = f"{FOLDER}/adapter_config.json"
-JITTER = 1e-6  # of the mean diagonal, so that a Gram of few tokens has a Cholesky factor
 
 
 class Adapter(NamedTuple):
@@ -57,10 +56,9 @@ def _moments(error: Tensor, statistics: Gram | SquaredNorm | None) -> Tensor:
 
 
 def _root(moments: Tensor) -> Tensor:
-    """A matrix L with L LT = ``moments``."""
-    damped = moments.clone()
-    damped.diagonal().add_(JITTER * moments.diagonal().mean())
-    return torch.linalg.cholesky(damped)
+    """A matrix L with L LT = ``moments``; by eigenvectors, for no rounding of a Gram makes those fail."""
+    found, vectors = torch.linalg.eigh(moments)
+    return vectors * found.clamp(min=0).sqrt()
 
 
 def modules(skeleton: Skeleton, weights: list[Weight]) -> dict[str, str]:

@@ -28,6 +28,8 @@ class Course:
 def show(report: dict[str, Any]) -> RenderableType:
     """The losses, then what the run came to, and what to do next."""
     found = report["recovery"]
+    few = found["options"]["top_k"]
+    over = f" over its {few} likeliest tokens" if few else ""
     kl, windows, seconds = found["kl"], found["windows"], found["seconds"]
     rows = [
         (
@@ -39,7 +41,7 @@ def show(report: dict[str, Any]) -> RenderableType:
         for row in found["curve"]
     ]
     lines = [
-        f"held-out KL divergence from {found['teacher']}: {plain(kl['before'])} nats a token before, "
+        f"held-out KL divergence from {found['teacher']}{over}: {plain(kl['before'])} nats a token before, "
         f"{plain(kl['after'])} after (step {kl['step']} of {found['steps']}, the best)",
         f"{found['tokens']:,} tokens, {found['epochs']:.3g} times {windows['trained']} windows; "
         f"{windows['held_out']} held out",

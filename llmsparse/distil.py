@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmsparse.eval.fidelity import kl_divergence
 from llmsparse.eval.forward import Forward, pieces
 
 TINY = 1e-30  # of a squared norm that is divided by
@@ -56,11 +55,6 @@ def block_errors(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(errors).mean()
-
-
-def whole(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) in nats of each token, from logits (tokens, vocabulary)."""
-    return kl_divergence(teacher, student)
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -260,11 +260,17 @@ def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     samples = recipe.samples or (64 if little else 128)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = recipe.sequence_length or min(512 if little else 2048, limit or 2048)
+    check_length(length, config)
+    return replace(recipe, samples=samples, sequence_length=length)
+
+
+def check_length(length: int, config: Any) -> None:
+    """Refuse windows longer than the model takes."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
         raise UserError(
             f"--sequence-length {length} is more than the model's max_position_embeddings, {limit}"
         )
-    return replace(recipe, samples=samples, sequence_length=length)
 
 
 def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ MASKS = ("fixed", "splice")
 OPTIMIZERS = ("adamw", "adamw8bit")
 MASTERS = ("float32", "bfloat16")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+MOST = 1e15  # tokens, more than there are
 FREE = ("token", "cache_dir")  # a run that differs in these alone may be continued
 
 
@@ -141,7 +142,8 @@ def count_of(text: Any) -> int:
         UserError: it is none, or below 1.
     """
     match = re.fullmatch(r"(\d*\.?\d+(?:e\d+)?)([kmb]?)", str(text).replace(",", "").strip().lower())
-    found = round(float(match[1]) * UNITS[match[2]]) if match else 0
+    exact = float(match[1]) * UNITS[match[2]] if match else 0.0
+    found = round(exact) if exact < MOST else 0
     if found < 1:
         raise UserError(f"--tokens {text} is no number of tokens; use e.g. 98k or 0.5M")
     return found

@@ -1,128 +1,85 @@
-"""The sparse model while it is trained: which parameters are, under which masks and on which grids."""
+"""The sparse model while it is trained: its parameters, what stands behind them, and how they are written."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmsparse import gridfile
-from llmsparse.errors import UserError
-from llmsparse.grid import Grid
-from llmsparse.gridfile import GridFile
-from llmsparse.pattern import NM, Existing, Pattern, Unstructured, parse_mask
+from llmsparse.extent import Extent
 from llmsparse.recovery import Recovery
-from llmsparse.skeleton import Skeleton, Weight
+from llmsparse.skeleton import Weight
 from llmsparse.tables import round_table
 from llmsparse.trained import Kept, LowRank, Rounded, Spliced, Trained
 from llmsparse.work import verify
 from llmsparse.writer import Writer
 
-TABLES = Grid(8)  # of embedding and output tables, where the weights get a grid
+MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Student:
-    """A whole model on ``device``; ``trained`` holds its trained parameters by name.
+    """A whole model on ``device``; ``trained`` holds the parameters of ``extent``, and norms and biases, by name."""
 
-    Weights are the linear ones of its blocks, and any other that is pruned. ``masks`` (of the parameter's shape, True =
-    kept) are of those of which a fifth or more is zero.
-    """
-
-    def __init__(self, skeleton: Skeleton, options: Recovery, device: torch.device, patterns: dict[str, str]):
-        self.skeleton, self.options, self.device = skeleton, options, device
-        self.master = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.master]
-        self.model: Any = skeleton.materialize_all(self.master, device)
-        self.codes = GridFile.open(skeleton.checkpoint.folder)
-        weights = skeleton.weights
-        self._use_codes(weights)
-        kept = {name: Existing().select(view.abs()) for name, view in skeleton.views(weights).items()}
-        pruned = {name for name, mask in kept.items() if not bool(mask.all())}
-        self.weights = [w for w in weights if w.block is not None or w.name in pruned]
-        self.grid = self._grid(weights)
-        self.tables = self._tables()
-        self.masks = self._masks(kept, pruned)
-        self.patterns = {name: counted(kept[name], patterns.get(name)) for name in pruned}
-        self.pruned = pruned
+    def __init__(self, extent: Extent, options: Recovery, device: torch.device) -> None:
+        self.extent, self.options, self.device = extent, options, device
+        self.skeleton, self.master = extent.skeleton, MASTERS[options.master]
+        self.model: Any = self.skeleton.materialize_all(self.master, device)
+        self._use_codes()
+        self.masks = {name: mask.to(device) for name, mask in extent.masks().items()}
         self.trained: dict[str, Trained] = {}
-        for number, name in enumerate(dict.fromkeys(w.parameter for w in self.weights)):
-            self.trained[name] = self._rounded(name, self._weight(name, number))
+        for number, name in enumerate(dict.fromkeys(w.parameter for w in extent.weights)):
+            self.trained[name] = self._trained(name, number)
         if options.train == "linears+norms":
             self.trained |= {name: Kept(self.model.get_parameter(name).data) for name in self._vectors()}
-        self.spliced = {n: t for n, t in self._inner().items() if isinstance(t, Spliced)}
+        inner = {n: t.inner if isinstance(t, Rounded) else t for n, t in self.trained.items()}
+        self.spliced = {n: t for n, t in inner.items() if isinstance(t, Spliced)}
         self.place()
 
-    def _use_codes(self, weights: list[Weight]) -> None:
-        """Where codes lie beside the weights, begin with code times scale."""
-        if self.codes is None:
-            return
-        views = self.skeleton.views([w for w in weights if w.name in self.codes.names])
-        for weight in [w for w in weights if w.name in views]:
-            stored = weight.stored(self.skeleton.checkpoint.tensor(weight.source))
-            views[weight.name].copy_(self.codes.checked(weight.name, stored))
-
-    def _grid(self, weights: list[Weight]) -> Grid | None:
-        """What is asked for, else that of the codes beside the weights."""
-        if self.options.values is not None:
-            return Grid.parse(self.options.values)
-        named = [w.name for w in weights if self.codes and w.name in self.codes.names]
-        return self.codes.grid(named[0]) if self.codes and named else None
-
-    def _tables(self) -> dict[str, Grid]:
-        """Embedding and output tables with codes, by name on disk: those that have some, else all, rounded to int8."""
-        if self.grid is None:
-            return {}
-        trained = {w.source for w in self.weights}
-        names = {
+    def _use_codes(self) -> None:
+        """Where codes lie beside the weights, begin with code times scale; round the tables that have none yet."""
+        extent, checkpoint, codes = self.extent, self.skeleton.checkpoint, self.extent.codes
+        coded = [w for w in extent.weights if codes is not None and w.name in codes.names]
+        for weight, view in zip(coded, self.skeleton.views(coded).values(), strict=True):
+            assert codes is not None
+            view.copy_(codes.checked(weight.name, weight.stored(checkpoint.tensor(weight.source))))
+        parameters = {
             self.skeleton.sources[f"{path}.weight"][0][0]: f"{path}.weight" for path in self.skeleton.tables
         }
-        found = {}
-        for name, parameter in names.items():
-            coded = self.codes is not None and name in self.codes.names
-            if name in trained or (self.codes is not None and not coded):
-                continue
-            values = self.model.get_parameter(parameter).data
-            if self.codes is not None:
-                found[name] = self.codes.grid(name)
-                values.copy_(self.codes.checked(name, self.skeleton.checkpoint.tensor(name)))
+        for name, grid in extent.tables.items():
+            values = self.model.get_parameter(parameters[name]).data
+            if codes is not None:
+                values.copy_(codes.checked(name, checkpoint.tensor(name)))
             else:
-                found[name] = TABLES
-                round_table(values, TABLES)
-        return found
+                round_table(values, grid)
 
-    def _masks(self, kept: dict[str, Tensor], pruned: set[str]) -> dict[str, Tensor]:
-        masks: dict[str, Tensor] = {}
-        for parameter in dict.fromkeys(w.parameter for w in self.weights if w.name in pruned):
-            masks[parameter] = torch.ones_like(self.model.get_parameter(parameter), dtype=torch.bool)
-        for name, view in self.skeleton.views(
-            [w for w in self.weights if w.parameter in masks], masks
-        ).items():
-            view.copy_(kept[name])
-        return masks
-
-    def _weight(self, name: str, number: int) -> Trained:
-        values, mask = self.model.get_parameter(name).data, self.masks.get(name)
-        if self.options.train == "lora":
-            return LowRank(values, mask, self.options.rank, self.options.seed * 100003 + number)
-        if self.options.masks == "splice" and mask is not None:
-            return Spliced(values, mask)
-        return Kept(values if self.grid is None else values.clone(), mask)
-
-    def _rounded(self, name: str, inner: Trained) -> Trained:
-        """The same on the grid, with the scales that the codes beside the weights have, or with fitted ones."""
-        if self.grid is None:
+    def _trained(self, name: str, number: int) -> Trained:
+        """What stands behind one parameter; on grids with the scales of the codes beside it, or with fitted ones."""
+        options, mask = self.options, self.masks.get(name)
+        values, views = self.model.get_parameter(name).data, self._views_of(name)
+        grids = {n: self.extent.grids[n] for n in views(values) if n in self.extent.grids}
+        inner: Trained
+        if options.train == "lora":
+            inner = LowRank(values, mask, options.rank, options.seed * 100003 + number)
+        elif options.masks == "splice" and mask is not None:
+            inner = Spliced(values, mask)
+        else:
+            inner = Kept(values.clone() if grids else values, mask)
+        if not grids:
             return inner
-        views, scales = self._views_of(name), dict[str, Tensor]()
-        for weight, view in views(inner.value()).items():
-            stored = (
-                self.codes is not None and weight in self.codes.names and self.codes.grid(weight) == self.grid
-            )
+        shown, codes, scales = views(inner.value()), self.extent.codes, dict[str, Tensor]()
+        for weight, grid in grids.items():
+            same = codes is not None and weight in codes.names and codes.grid(weight) == grid
             found = (
-                self.codes.scales(weight) if self.codes and stored else self.grid.fit(view.float(), view != 0)
+                codes.scales(weight)
+                if codes and same
+                else grid.fit(shown[weight].float(), shown[weight] != 0)
             )
             scales[weight] = found.to(self.device)
-        return Rounded(inner, views, self.grid, scales)
+        return Rounded(inner, views, grids, scales)
 
-    def _views_of(self, name: str) -> Any:
-        weights = [w for w in self.weights if w.parameter == name]
+    def _views_of(self, name: str) -> Callable[[Tensor], dict[str, Tensor]]:
+        weights = [w for w in self.extent.weights if w.parameter == name]
         return lambda tensor: self.skeleton.views(weights, {name: tensor})
 
     def _vectors(self) -> list[str]:
@@ -130,9 +87,6 @@ class Student:
         sources = self.skeleton.sources
         plain = {name for name, parts in sources.items() if len(parts) == 1 and parts[0][1] is None}
         return [n for n, p in self.model.named_parameters() if p.dim() == 1 and n in plain]
-
-    def _inner(self) -> dict[str, Trained]:
-        return {n: t.inner if isinstance(t, Rounded) else t for n, t in self.trained.items()}
 
     @property
     def masters(self) -> list[nn.Parameter]:
@@ -174,11 +128,11 @@ class Student:
     @torch.no_grad()
     def splice(self) -> int:
         """Choose the masks again; how many weights came back."""
-        revived = 0
+        revived, patterns = 0, self.extent.patterns
         for name, each in self.spliced.items():
             views = self._views_of(name)
             names = views(each.mask)
-            revived += each.choose(views, {n: self.patterns[n] for n in names if n in self.patterns})
+            revived += each.choose(views, {n: patterns[n] for n in names if n in patterns})
         return revived
 
     def fix(self) -> None:
@@ -190,34 +144,70 @@ class Student:
         """The trained parameters as the model has them."""
         return {name: self.model.get_parameter(name).data for name in self.trained}
 
+    def current_masks(self) -> dict[str, Tensor]:
+        """The masks of those that have some, as they are now."""
+        return {
+            name: self.spliced[name].mask if name in self.spliced else mask
+            for name, mask in self.masks.items()
+        }
+
     @torch.no_grad()
-    def write(self, writer: Writer, values: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """Put ``values`` on disk under the source's names; a row for each weight that is pruned or on a grid."""
-        rows = []
+    def write(
+        self, writer: Writer, values: dict[str, Tensor], masks: dict[str, Tensor]
+    ) -> list[dict[str, Any]]:
+        """Put ``values`` on disk under the source's names; a row for each weight that is pruned or on a grid.
+
+        Every number outside ``masks`` (True = kept, both by parameter) must be zero.
+        """
+        rows, skeleton, weights = [], self.skeleton, self.extent.weights
         by_source: dict[str, list[Weight]] = {}
-        for weight in self.weights:
+        for weight in weights:
             by_source.setdefault(weight.source, []).append(weight)
-        views = self.skeleton.views(self.weights, values)
-        for source, weights in by_source.items():
-            tensors = {source: self.skeleton.checkpoint.tensor(source).clone()}
-            for weight in weights:
-                row, codes = self._stored(weight, views[weight.name], weight.stored(tensors[source]))
+        views = skeleton.views(weights, values)
+        held = skeleton.views([w for w in weights if w.parameter in masks], masks)
+        for source, inside in by_source.items():
+            tensors = {source: skeleton.checkpoint.tensor(source).clone()}
+            for weight in inside:
+                row, codes = self._store(
+                    weight, views[weight.name], held.get(weight.name), weight.stored(tensors[source])
+                )
                 rows += [row] if row else []
                 tensors |= codes
-            writer.write(tensors | dict.fromkeys(self.skeleton.same_as(source), tensors[source]))
-        for name in set(values) - {w.parameter for w in self.weights}:
-            source = self.skeleton.sources[name][0][0]
-            writer.write({source: values[name].to(self.skeleton.checkpoint.dtype(source))})
+            writer.write(tensors | dict.fromkeys(skeleton.same_as(source), tensors[source]))
+        for name in set(values) - {w.parameter for w in weights}:
+            source = skeleton.sources[name][0][0]
+            writer.write({source: values[name].to(skeleton.checkpoint.dtype(source))})
         return rows
+
+    def _store(
+        self, weight: Weight, value: Tensor, mask: Tensor | None, stored: Tensor
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Put one weight into ``stored`` (out, in); what the report says of it, and its codes."""
+        trained, codes, row = self.trained[weight.parameter], dict[str, Tensor](), dict[str, Any]()
+        if isinstance(trained, Rounded) and (grid := trained.grids.get(weight.name)):
+            scales = trained.scales[weight.name].to(value.device)
+            found = grid.codes(value.float(), scales)
+            value, row["values"] = grid.values(found, scales), str(grid)
+            codes = gridfile.tensors(weight.name, found.cpu(), scales.cpu())
+        stored.copy_(value + 0.0)  # no zero is negative
+        verify(
+            weight.name,
+            stored,
+            torch.ones_like(stored, dtype=torch.bool) if mask is None else mask.to(stored.device),
+        )
+        if weight.name in self.extent.kept or codes:
+            shape = [weight.out_features, weight.in_features]
+            row |= {"name": weight.name, "shape": shape, "sparsity": float((stored == 0).float().mean())}
+        return row, codes
 
     @torch.no_grad()
     def write_tables(self, writer: Writer) -> list[dict[str, Any]]:
         """Put the tables that have codes on disk; a row for each that was rounded now."""
-        rows = []
-        for name, grid in self.tables.items():
+        rows, given = [], self.extent.codes
+        for name, grid in self.extent.tables.items():
             stored = self.skeleton.checkpoint.tensor(name).clone()
-            if self.codes is not None:
-                codes = gridfile.tensors(name, self.codes.codes(name), self.codes.scales(name))
+            if given is not None:
+                codes = gridfile.tensors(name, given.codes(name), given.scales(name))
             else:
                 table = round_table(stored, grid)
                 codes = table.tensors(name)
@@ -225,51 +215,9 @@ class Student:
             writer.write(dict.fromkeys([name, *self.skeleton.same_as(name)], stored) | codes)
         return rows
 
-    def _stored(
-        self, weight: Weight, value: Tensor, stored: Tensor
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        mask, codes = value != 0, dict[str, Tensor]()
-        stored.copy_(torch.where(mask, value, 0.0))
-        verify(weight.name, stored, mask.to(stored.device))
-        row: dict[str, Any] = {}
-        if weight.name in self.pruned or self.grid:
-            shape = [weight.out_features, weight.in_features]
-            row = {"name": weight.name, "shape": shape, "sparsity": float((stored == 0).float().mean())}
-        trained = self.trained[weight.parameter]
-        if isinstance(trained, Rounded):
-            scales = trained.scales[weight.name].to(value.device)
-            codes = gridfile.tensors(weight.name, trained.grid.codes(value, scales).cpu(), scales.cpu())
-            row["values"] = str(trained.grid)
-        return row, codes
-
-    def quantised(self) -> dict[str, tuple[tuple[int, int], Grid]]:
-        """Everything that gets codes: name -> its (out, in) shape and its grid."""
-        if self.grid is None:
-            return {}
-        shapes = {w.name: (w.out_features, w.in_features) for w in self.weights}
-        shapes |= {name: self.skeleton.checkpoint.shape(name) for name in self.tables}  # type: ignore[misc]
-        return {name: (shape, self.tables.get(name) or self.grid) for name, shape in shapes.items()}
-
     def written(self) -> set[str]:
-        """Names on disk of all that ``write`` puts there."""
-        names = {w.source for w in self.weights}
-        names |= {
-            self.skeleton.sources[n][0][0]
-            for n in self.trained
-            if n not in {w.parameter for w in self.weights}
-        }
-        names |= set(self.tables)
+        """Names on disk of all that is put there."""
+        weights = self.extent.weights
+        names = {w.source for w in weights} | set(self.extent.tables)
+        names |= {self.skeleton.sources[n][0][0] for n in set(self.trained) - {w.parameter for w in weights}}
         return names | {other for name in names for other in self.skeleton.same_as(name)}
-
-
-def counted(mask: Tensor, asked: str | None) -> Pattern:
-    """The pattern that ``mask`` (out, in) satisfies exactly: n:m where that was ``asked`` for, else its count of zeros."""
-    try:
-        pattern = parse_mask(asked) if asked else None
-    except UserError:
-        pattern = None
-    if isinstance(pattern, NM) and pattern.allows(mask):
-        return pattern
-    zeros = (~mask).sum(1)
-    scope = "row" if bool((zeros == zeros[0]).all()) else "layer"
-    return Unstructured(float(zeros.sum()) / mask.numel(), scope)

@@ -1,6 +1,8 @@
 """What a teacher says of windows: while it runs beside the student, or as it was written down before."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmsparse.distil import Divergence, likeliest, of_likeliest, whole
+from llmsparse.atomic import write_whole
+from llmsparse.distil import Divergence, likeliest, of_likeliest
+from llmsparse.eval.fidelity import kl_divergence
 from llmsparse.eval.forward import Forward, forward_of, pieces
 from llmsparse.processes import Processes
+from llmsparse.writer import disk_errors
 
 PHASE = "asking the teacher"
+FILES: dict[str, Any] = {"ids": np.int32, "logs": np.float16}
 FLUSH = 32  # windows that are written down between two notes of how far it came
 
 
@@ -54,7 +60,7 @@ class Beside:
     def _divergence(self, states: Tensor, span: slice, student: Tensor) -> Tensor:
         with torch.no_grad():
             expected = self.forward.logits(states[span])
-        return whole(expected, student)
+        return kl_divergence(expected, student)
 
 
 @contextmanager
@@ -91,17 +97,28 @@ class Written:
         self.note = self.folder / f"{self.processes.rank}.json"
         self.mine = range(self.processes.rank, len(self.windows), self.processes.count)
         self.processes.together(self._create)
-        self.ids, self.logs = self._open("r+")
+        self.ids, self.logs = self._open()
 
     def _create(self) -> None:
-        if self.processes.is_main and not self.folder.exists():
-            self.folder.mkdir()
-            self._open("w+")
+        """The files in their full size, whole or not at all: a full disk shows here, and not in a mapped page."""
+        if not self.processes.is_main or self.folder.exists():
+            return
+        new = self.folder.with_name(f"{self.folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        with disk_errors(self.folder):
+            new.mkdir()
+            for name, kind in FILES.items():
+                size = self.windows.numel() * self.likeliest * np.dtype(kind).itemsize
+                with (new / name).open("wb") as stream:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(stream.fileno(), 0, size)
+                    else:
+                        stream.truncate(size)
+            new.rename(self.folder)
 
-    def _open(self, mode: Any) -> tuple[Any, Any]:
+    def _open(self) -> list[Any]:
         shape = *self.windows.shape, self.likeliest
-        ids = np.memmap(self.folder / "ids", np.int32, mode, shape=shape)
-        return ids, np.memmap(self.folder / "logs", np.float16, mode, shape=shape)
+        return [np.memmap(self.folder / name, kind, "r+", shape=shape) for name, kind in FILES.items()]
 
     @property
     def done(self) -> int:
@@ -126,7 +143,7 @@ class Written:
             if (place + 1) % FLUSH == 0 or place + 1 == len(self.mine):
                 self.ids.flush()
                 self.logs.flush()
-                self.note.write_text(json.dumps({"windows": place + 1}))
+                write_whole(self.note, json.dumps({"windows": place + 1}))
             progress.advance(PHASE)
 
     def read(self, rows: list[int]) -> Lesson:

@@ -116,12 +116,12 @@ class LowRank:
 
 @dataclass(eq=False)
 class Rounded:
-    """What ``grid`` leaves of ``inner``: gradients go straight through the rounding (Bengio et al., arXiv 1308.3432)."""
+    """What ``grids`` leave of ``inner``: gradients go straight through the rounding (Bengio et al., arXiv 1308.3432)."""
 
     inner: Trained
     views: Views
-    grid: Grid
-    scales: dict[str, Tensor]  # by weight name, (out, groups)
+    grids: dict[str, Grid]  # by weight name; a weight without one stays as it is
+    scales: dict[str, Tensor]  # (out, groups) each
 
     @property
     def masters(self) -> list[nn.Parameter]:
@@ -129,8 +129,10 @@ class Rounded:
 
     def value(self) -> Tensor:
         rounded = self.inner.value().clone()
-        for name, view in self.views(rounded).items():
-            view.copy_(self.grid.values(self.grid.codes(view, self.scales[name]), self.scales[name]))
+        shown = self.views(rounded)
+        for name, grid in self.grids.items():
+            codes = grid.codes(shown[name].float(), self.scales[name])
+            shown[name].copy_(grid.values(codes, self.scales[name]))
         return rounded
 
     def take(self, grad: Tensor) -> None:

@@ -1,12 +1,13 @@
 """The loop of a recovery: steps over windows, looks at text that is held out, the best that was seen, resumption."""
 
+import errno
 import math
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from torch import Tensor
 from llmsparse import distil
 from llmsparse.apart import Text
 from llmsparse.course import Course
-from llmsparse.errors import UserError
+from llmsparse.errors import UserError, first_line
 from llmsparse.eval.forward import Forward, forward_of
 from llmsparse.processes import Processes
 from llmsparse.recovery import Recovery
 from llmsparse.schedule import share_of
 from llmsparse.student import Student
 from llmsparse.teacher import Lesson, Teacher, outputs_of
+from llmsparse.writer import disk_errors
 
 BETAS = (0.9, 0.95)  # of Adam: few steps are taken
 WARM = 0.05  # share of the steps in which the rate rises
@@ -29,18 +31,23 @@ LOST = 2.0  # times the divergence before: a held-out one beyond it ends the run
 STATE, BEST = "state.pt", "best.pt"
 
 
+class Setting(NamedTuple):
+    """Where a run takes place: the dtype of its matrix products, its processes, a folder for its state, what it tells."""
+
+    dtype: torch.dtype
+    processes: Processes
+    folder: Path
+    progress: Any
+
+
 class Training:
     """One run of ``options.steps`` steps; ``folder`` keeps the state from which it goes on, and the best weights."""
 
-    def __init__(
-        self, student: Student, teacher: Teacher, text: Text, dtype: torch.dtype, processes: Processes, folder: Path,
-        progress: Any, blocks: list[Any],
-    ) -> None:  # fmt: skip
+    def __init__(self, student: Student, teacher: Teacher, text: Text, setting: Setting) -> None:
         self.student, self.teacher, self.text = student, teacher, text
         self.options: Recovery = student.options
-        self.processes, self.folder, self.progress, self.blocks = processes, folder, progress, blocks
+        self.dtype, self.processes, self.folder, self.progress = setting
         self.tokens = self.options.batch * text.windows.shape[1]  # of a step
-        self.dtype = dtype if student.master == torch.float32 else student.master
         with torch.no_grad(), self._products():
             student.lighten(self.dtype)
             self.forward: Forward = forward_of(student.model, text.windows[:1].to(student.device))
@@ -122,7 +129,8 @@ class Training:
         All processes' gradients are averaged, so that each counts its own as many times as there are processes.
         """
         lesson = self._read(rows)
-        watched, part = self.blocks if self.options.hidden else [], self.processes.count
+        watched = [*self.student.skeleton.blocks] if self.options.hidden else []
+        part = self.processes.count
         with torch.enable_grad(), self._products(), outputs_of(watched) as outputs:
             states = self.forward.states(self.text.windows[rows].to(self.student.device))
             extra = None
@@ -176,13 +184,16 @@ class Training:
         if not course.step:
             course.before = found
             if not math.isfinite(found):
-                raise UserError("the outputs of SPARSE or its teacher are not finite; use --dtype float32")
+                raise UserError(
+                    "the divergence of SPARSE from its teacher is not finite; use --dtype float32, or see whether "
+                    "`llmsparse eval` finds one of the two broken"
+                )
         if not found <= LOST * course.before:
             rose = f"rose from {course.before:.4g} to {found:.4g}"
             course.diverged = f"the held-out divergence {rose} at step {course.step}"
         if found < course.best:
             course.best, course.best_step = found, course.step
-            self._save(BEST, {"step": course.step, "values": self.student.values()})
+            self._save(BEST, {"values": self.student.values(), "masks": self.student.current_masks()})
         self._save(STATE, self._state())
 
     def _state(self) -> dict[str, Any]:
@@ -198,10 +209,14 @@ class Training:
 
         def act() -> None:
             new = self.folder / f"{name}.new"
-            torch.save(state, new)
-            with new.open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(new, self.folder / name)
+            with disk_errors(new):
+                try:
+                    torch.save(state, new)
+                except RuntimeError as error:  # torch's own, of a file that ended too soon
+                    raise OSError(errno.ENOSPC, first_line(error)) from error
+                with new.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                os.replace(new, self.folder / name)
 
         self.processes.together(lambda: act() if self.processes.is_main else None)
 
@@ -219,9 +234,10 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.student.place()
 
-    def best(self) -> dict[str, Tensor]:
-        """The weights that were the best on the held-out text, by parameter."""
-        return torch.load(self.folder / BEST, map_location="cpu", weights_only=True)["values"]
+    def best(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights that were the best on the held-out text, and their masks, by parameter."""
+        found = torch.load(self.folder / BEST, map_location="cpu", weights_only=True)
+        return found["values"], found["masks"]
 
     def clean(self) -> None:
         """Delete what only this run needed."""

@@ -57,6 +57,17 @@ def test_few_tokens_are_enough():
         assert torch.isfinite(compensate(values(*shape, seed=1), gram, 8).down).all()
 
 
+def test_inputs_with_a_common_mean_in_float32_do_not_stop_it():
+    inputs = values(4096, 256, seed=0).float() + 30 * values(1, 256, seed=1).float()
+    gram = Gram.zeros(256)
+    gram.update(inputs)
+    error = values(512, 256, seed=2).float()
+    found = compensate(error, gram, 16)
+    singular = torch.linalg.svdvals(inputs.double() @ error.double().T)
+    best = float(singular[16:].square().sum())
+    assert lost((error - found.up @ found.down).double(), inputs.double()) == pytest.approx(best, rel=0.02)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that it gives up
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3_text"])
 def test_peft_loads_the_adapter_and_adds_what_it_says(family, tmp_path, text):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from llmsparse import distil
 from llmsparse.eval import forward as split
+from llmsparse.eval.fidelity import kl_divergence
 from llmsparse.eval.forward import forward_of
 from tests.tiny import VOCAB, save_tiny
 
@@ -41,13 +42,13 @@ def test_gradients_by_chunk_are_those_of_whole_logits(models, monkeypatch):
     with torch.enable_grad():
         states = forward.states(ids)
         found = distil.backward(
-            forward, states, lambda span, own: distil.whole(expected[span].float(), own), 1 / 48
+            forward, states, lambda span, own: kl_divergence(expected[span].float(), own), 1 / 48
         )
     assert float(found) / 48 == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-8)
     with torch.no_grad():
-        alone = distil.forward(forward, states, lambda span, own: distil.whole(expected[span].float(), own))
+        alone = distil.forward(forward, states, lambda span, own: kl_divergence(expected[span].float(), own))
     assert float(alone) == pytest.approx(float(found), rel=1e-6)
 
 
@@ -61,7 +62,7 @@ def test_another_loss_on_the_blocks_adds_its_own_gradient(models):
         student.zero_grad()
         states = forward.states(ids)
         other = states.square().mean() if extra else None
-        distil.backward(forward, states, lambda span, own: distil.whole(expected[span], own), share, other)
+        distil.backward(forward, states, lambda span, own: kl_divergence(expected[span], own), share, other)
         grads.append(weight.grad.clone())
     torch.testing.assert_close(grads[2], grads[0] + grads[1])
 
@@ -105,10 +106,10 @@ def test_the_likeliest_tokens_and_all_others_together(count):
     found = distil.of_likeliest(ids, logs, student)
     wanted = [of_likeliest(t, s, count) for t, s in zip(teacher.tolist(), student.tolist(), strict=True)]
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=0.01, atol=0.01)
-    assert bool((found <= distil.whole(teacher, student) + 0.01).all())
+    assert bool((found <= kl_divergence(teacher, student) + 0.01).all())
 
 
 def test_all_tokens_written_down_are_the_whole_divergence():
     teacher, student = logits_of(12, 32, 0), logits_of(12, 32, 1)
     found = distil.of_likeliest(*distil.likeliest(teacher, 32), student)
-    torch.testing.assert_close(found, distil.whole(teacher, student), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(found, kl_divergence(teacher, student), rtol=0.01, atol=0.01)

@@ -1,13 +1,15 @@
 """Recovery: against a plain training loop, in every mode, and continued after it was cut off."""
 
-import json
 import math
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import llmsparse.recover  # noqa: F401  (the module is reached below by its name)
 from llmsparse import training
 from llmsparse.calibration import calibrate
 from llmsparse.errors import UserError
@@ -15,11 +17,14 @@ from llmsparse.gridfile import GridFile
 from llmsparse.pattern import NM
 from llmsparse.prune import prune
 from llmsparse.recover import recover
+from llmsparse.sampling import Sampler
 from llmsparse.teacher import Beside, Written
 from llmsparse.training import Training
+from llmsparse.writer import Writer
 from tests.pruned import SMALL, hashes, read_report, tensors
 from tests.tiny import FAMILIES, save_tiny
 
+recovering = sys.modules["llmsparse.recover"]
 LITTLE = {
     "tokens": "4k",
     "sequence_length": 32,
@@ -203,13 +208,14 @@ def test_every_family_recovers(family, tmp_path, text):
             assert not torch.equal(before[row["name"]], after[row["name"]])
 
 
-@pytest.mark.parametrize("pattern", ["width:50%", "depth:1"])
+@pytest.mark.parametrize("pattern", [["width:50%"], ["depth:1", "50%"]], ids=str)
 def test_smaller_models_recover(pattern, tmp_path, text):
     dense = save_tiny("llama", tmp_path / "dense")
-    config = json.loads((dense / "config.json").read_text())
-    assert config["num_hidden_layers"] == 3
-    given = ["depth:1"] if pattern == "depth:1" else ["depth:1", "50%"]
-    prune(dense, tmp_path / "sparse", pattern=given, calibration=text, **SMALL)
+    if pattern == ["width:50%"]:  # widths are multiples of 64
+        config = AutoModelForCausalLM.from_pretrained(dense).config
+        config.intermediate_size = 128
+        AutoModelForCausalLM.from_config(config).save_pretrained(dense)
+    prune(dense, tmp_path / "sparse", pattern=pattern, calibration=text, **SMALL)
     report = recover(tmp_path / "sparse", tmp_path / "out", data=text, hidden=0.1, **LITTLE)
     assert report["recovery"]["kl"]["after"] < 0.8 * report["recovery"]["kl"]["before"]
     assert report["smaller"] == read_report(tmp_path / "sparse")["smaller"]
@@ -266,6 +272,86 @@ def test_a_rate_that_diverges_stops_says_so_and_keeps_the_best(pair, tmp_path, t
     assert {
         k: torch.equal(v, tensors(tmp_path / "out")[k]) for k, v in tensors(sparse).items()
     } == dict.fromkeys(tensors(sparse), True)
+
+
+def test_a_diverged_run_that_was_cut_off_ends_as_it_would_have(pair, tmp_path, text, monkeypatch):
+    _, sparse = pair
+    options = {"data": text, **LITTLE, "lr": 30.0, "evaluations": 16}
+    expected = recover(sparse, tmp_path / "expected", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "prepare_to_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            recover(sparse, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", lambda self: pytest.fail("trained again"))
+        found = recover(sparse, tmp_path / "out", resume=True, **options)
+    assert found["recovery"]["diverged"] == expected["recovery"]["diverged"]
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "expected")
+
+
+def test_what_the_teacher_wrote_and_said_is_not_asked_for_again(pair, tmp_path, monkeypatch):
+    _, sparse = pair
+    options = {"data": "self", "top_k": 8, **LITTLE}
+    expected = recover(sparse, tmp_path / "expected", **options)
+    real = Written.write
+
+    def cut(self, model, progress):
+        real(self, model, progress)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Written, "write", cut)
+        with pytest.raises(KeyboardInterrupt):
+            recover(sparse, tmp_path / "out", **options)
+    monkeypatch.setattr(
+        "llmsparse.recover.load_model", lambda *_: pytest.fail("the teacher was loaded again")
+    )
+    monkeypatch.setattr(Sampler, "__call__", lambda *_: pytest.fail("the text was written again"))
+    found = recover(sparse, tmp_path / "out", resume=True, **options)
+    assert found["files"] == expected["files"]
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        f.name for f in (tmp_path / "expected").iterdir()
+    }
+
+
+def test_only_one_of_two_models_is_in_memory_where_the_teacher_is_written_down(
+    pair, tmp_path, text, monkeypatch
+):
+    _, sparse = pair
+    order, load, build = [], recovering.load_model, recovering.Student
+    monkeypatch.setattr(recovering, "load_model", lambda *a: order.append("teacher") or load(*a))
+    monkeypatch.setattr(recovering, "Student", lambda *a: order.append("student") or build(*a))
+    recover(sparse, tmp_path / "out", data=text, top_k=8, **LITTLE)
+    assert order == ["teacher", "student"]
+
+
+def test_a_broken_model_is_refused_and_nothing_is_left(pair, tmp_path, text):
+    _, sparse = pair
+    weights = load_file(sparse / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, sparse / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="the divergence of SPARSE from its teacher is not finite"):
+        recover(sparse, tmp_path / "out", data=text, **LITTLE)
+    assert not list(tmp_path.glob(".out*")) and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(pair, tmp_path, text, monkeypatch):
+    _, sparse = pair
+    expected = recover(sparse, tmp_path / "expected", data=text, **LITTLE)
+    real, saved = torch.save, []
+
+    def full(state, file):
+        saved.append(file)
+        if len(saved) == 5:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        real(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match="could not be written: the disk is full; make room .* --resume"):
+            recover(sparse, tmp_path / "out", data=text, **LITTLE)
+    found = recover(sparse, tmp_path / "out", data=text, resume=True, **LITTLE)
+    assert found["files"] == expected["files"]
 
 
 def test_what_was_trained_on_a_grid_is_what_is_written(pair, tmp_path, text):

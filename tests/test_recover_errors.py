@@ -19,9 +19,14 @@ from tests.pruned import ONE_THREAD, hashes, tensors
 from tests.tiny import save_tiny
 
 LITTLE = {"tokens": "1k", "sequence_length": 32, "device": "cpu"}
+EIGHT = {"optimizer": "adamw8bit", "master": "bfloat16"}
 ERRORS = {
     "no_model": (lambda s: s.parent / "none", {}, "not a folder with a checkpoint"),
-    "dense": (lambda s: s.parent / "dense", {"teacher": "source"}, "has no pruned weight"),
+    "dense": (
+        lambda s: s.parent / "dense",
+        {"teacher": "source"},
+        "has no pruned weight, no codes and no fewer",
+    ),
     "no_report": (
         lambda s: s.parent / "dense",
         {},
@@ -44,6 +49,13 @@ ERRORS = {
     "until": (lambda s: s, {"splice_until": 2.0}, "--splice-until 2.0 must be a share"),
     "master": (lambda s: s, {"master": "bfloat16"}, "goes with --optimizer adamw8bit"),
     "values": (lambda s: s, {"values": "int5"}, "values 'int5' are unknown"),
+    "compared": (lambda s: s, {"values": "int3:32"}, "int3:32 is there to compare with"),
+    "endless": (lambda s: s, {"tokens": "1e999"}, "--tokens 1e999 is no number of tokens"),
+    "narrow": (
+        lambda s: s,
+        {"dtype": "float32", **EIGHT},
+        "--master bfloat16 multiplies in bfloat16; use auto",
+    ),
     "length": (lambda s: s, {"sequence_length": 4096}, "max_position_embeddings, 128"),
     "short": (lambda s: s, {"sequence_length": 1}, "--sequence-length 1 must be at least 2"),
     "batch": (lambda s: s, {"batch": 0}, "--batch 0 must be at least 1"),
@@ -80,6 +92,8 @@ def test_a_mistake_is_one_clear_error_and_leaves_nothing(case, sparse, tmp_path,
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "few.txt").write_text("a" * 40)
     of, options, message = ERRORS[case]
+    if "optimizer" in options:
+        pytest.importorskip("torchao")
     if options.get("teacher") == "source":
         options = {"teacher": str(save_tiny("llama", tmp_path / "other", seed=3))}
     if options.get("teacher") == "words":

@@ -74,7 +74,7 @@ def test_rounding_lets_gradients_through_and_gives_grid_points():
     grid, mask = Grid.parse("int4:32"), half(8, 64)
     inner = Kept(values(8, 64) * mask, mask)
     scales = {"w": grid.fit(inner.value(), mask)}
-    trained = Rounded(inner, lambda tensor: {"w": tensor}, grid, scales)
+    trained = Rounded(inner, lambda tensor: {"w": tensor}, {"w": grid}, scales)
     rounded = trained.value()
     codes = rounded / grid.spread(scales["w"], 64)
     torch.testing.assert_close(codes, codes.round())
