@@ -303,9 +303,7 @@ def test_what_the_teacher_wrote_and_said_is_not_asked_for_again(pair, tmp_path, 
         patch.setattr(Written, "write", cut)
         with pytest.raises(KeyboardInterrupt):
             recover(sparse, tmp_path / "out", **options)
-    monkeypatch.setattr(
-        "llmsparse.recover.load_model", lambda *_: pytest.fail("the teacher was loaded again")
-    )
+    monkeypatch.setattr(recovering, "load_model", lambda *_: pytest.fail("the teacher was loaded again"))
     monkeypatch.setattr(Sampler, "__call__", lambda *_: pytest.fail("the text was written again"))
     found = recover(sparse, tmp_path / "out", resume=True, **options)
     assert found["files"] == expected["files"]
