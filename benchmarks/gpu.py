@@ -77,11 +77,14 @@ def steps(out: Path | None) -> list[Step]:
         *_workers(),
     ]
     speed = python("benchmarks.prune_speed", "--device", "cuda", "--runs", "1", *results("prune_speed"))
+    tokens = ["--patterns", "2:4", "--tokens", "0", "10M", *(["--tasks"] if _missing("lm_eval") else [])]
+    training = python("benchmarks.recover", "--device", "cuda", *tokens, *results("recover"))
     return [
         Step("numerics", python("pytest", *tests), 0.4, _missing("pytest"), minutes=False),
         Step("gpu_kernels", python("benchmarks.gpu_kernels", *results("gpu_kernels")), 0.55),
         Step("gpu_prune", python("benchmarks.gpu_prune", *results("gpu_prune")), 1.0),
         Step("prune_speed", speed, 1.0, _no_model(), minutes=False, least=100),
+        Step("recover", training, 1.0, _no_model(), minutes=False, least=300),
     ]
 
 

@@ -126,9 +126,11 @@ def _run(side: str, model: Path, out: Path, source: str, tokens: Path, options: 
     )
 
 
-def matmul_gflops(device: str, size: int = 2048, repeats: int = 10) -> float:
-    """The best rate of a float32 product of two ``size`` x ``size`` matrices, in 1e9 operations a second."""
-    a, b = torch.randn(2, size, size, device=device)
+def matmul_gflops(
+    device: str, size: int = 2048, repeats: int = 10, dtype: torch.dtype = torch.float32
+) -> float:
+    """The best rate of a product of two ``size`` x ``size`` matrices, in 1e9 operations a second."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()

@@ -134,17 +134,18 @@ def check_embeddings(checkpoint: Checkpoint, tokenizer: Any, trust_remote_code: 
 
 
 def check_same_vocabulary(
-    checkpoint: Checkpoint, against: Checkpoint, tokenizer: Any, trust_remote_code: bool
-) -> None:
-    """Refuse to compare models whose distributions are over different tokens."""
+    checkpoint: Checkpoint, against: Checkpoint, tokenizer: Any, trust_remote_code: bool,
+    option: str = "--against",
+) -> None:  # fmt: skip
+    """Refuse to compare models whose distributions are over different tokens; ``option`` named the second."""
     sizes = [c.config(trust_remote_code).get_text_config().vocab_size for c in (checkpoint, against)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"{checkpoint.folder} has a vocabulary of {sizes[0]} and --against {against.folder} one of "
-            f"{sizes[1]}; compare a model with the one that it was pruned from"
+            f"{checkpoint.folder} has a vocabulary of {sizes[0]} and {option} {against.folder} one of "
+            f"{sizes[1]}; give the model that it was pruned from"
         )
     if against.tokenizer(trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"the tokenizers of {checkpoint.folder} and --against {against.folder} differ; "
-            "compare a model with the one that it was pruned from"
+            f"the tokenizers of {checkpoint.folder} and {option} {against.folder} differ; "
+            "give the model that it was pruned from"
         )

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> the module that defines it, imported when it is first used
     "prune": "llmsparse.prune",
+    "recover": "llmsparse.recover",
     "quantize": "llmsparse.quantize",
     "plan": "llmsparse.plan",
     "evaluate": "llmsparse.eval.evaluate",

@@ -49,8 +49,11 @@ def calibrate(
     cache_dir: str | None = None,
     vocab_size: int | None = None,
     sampler: Any = None,
+    least: int | None = None,
 ) -> Calibration:
     """Pack the text of ``source`` into ``samples`` windows of ``sequence_length`` tokens, without padding.
+
+    A text that is too short is refused, or, where ``least`` says so, gives fewer windows, but not fewer than that.
 
     Documents are shuffled with ``seed``, tokenised without special tokens, joined by EOS if the tokenizer
     has one, and cut; what the tokenizer itself puts in front of a text (BOS) starts every window. Weighted
@@ -76,7 +79,9 @@ def calibrate(
         found = documents(name, seed=seed, token=token, cache_dir=cache_dir)
         taken[name] = _take(name, _texts(name, found, tokenizer, prefix), tokenizer, counts[name] * length)
         _check_vocabulary(name, [*prefix, *taken[name].ids], vocab_size)
-    _check_enough(taken, weights, samples, length)
+    if (fitting := _check_enough(taken, weights, samples, length, least or samples)) < samples:
+        samples = fitting
+        counts = dict(zip(weights, shares(list(weights.values()), samples), strict=True))
     if SELF in counts:
         ids = sampler(tokenizer, prefix, counts[SELF], length, seed)
         taken[SELF] = Taken(SELF, ids.flatten().tolist(), {**asdict(sampler.options), "seed": seed})
@@ -226,18 +231,25 @@ def _check_vocabulary(source: str, ids: list[int], vocab_size: int | None) -> No
         raise UserError(f"{found}; its tokenizer belongs to another model")
 
 
-def _check_enough(taken: dict[str, Taken], weights: dict[str, float], samples: int, length: int) -> None:
-    """Refuse texts that are too short; the model's own writing is none of them, and never is."""
+def _check_enough(
+    taken: dict[str, Taken], weights: dict[str, float], samples: int, length: int, least: int
+) -> int:
+    """How many windows there are of ``samples``; refuse texts that do not give ``least`` of them.
+
+    The model's own writing is never too short.
+    """
     shared = list(weights.values())
     # whole windows that each source can fill
     room = [len(taken[name].ids) // length if name in taken else samples for name in weights]
+    split = ((s, shares(shared, s)) for s in range(samples, 0, -1))
+    largest = next((s for s, n in split if all(0 < x <= y for x, y in zip(n, room, strict=True))), 0)
+    if largest >= least:
+        return largest
     for name, most, count in zip(weights, room, shares(shared, samples), strict=True):
         if most < count:
-            split = [(s, shares(shared, s)) for s in range(samples - 1, 0, -1)]
-            fitting = (s for s, n in split if all(0 < x <= y for x, y in zip(n, room, strict=True)))
-            largest = next(fitting, 0)
             advice = f"the largest --samples is {largest}" if largest else "not one window can be filled"
             raise UserError(
                 f"{name} has {len(taken[name].ids):,} tokens, and {count * length:,} are needed ({count} "
                 f"windows of {length} text tokens); {advice}; give more text or a shorter --sequence-length"
             )
+    raise AssertionError("every source can fill its windows")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse.card_metadata import kinds, made_by_us, metadata
-from llmsparse.command import command_of
-from llmsparse.figures import byte_size, percent, plain, with_error
+from llmsparse.command import command_of, command_of_recovery
+from llmsparse.figures import byte_size, count, percent, plain, with_error
 from llmsparse.local_paths import without_local_paths
 from llmsparse.publication import CARD, Publication, collect
 from llmsparse.runs import Run, sparsity
@@ -90,8 +90,11 @@ def _lead(found: Publication, run: Run, fields: dict[str, Any]) -> str:
         parts.append(f"made smaller by {', '.join(f'`{pattern}`' for pattern in smaller)}")
     if pruned := [tag for tag in run.options.get("pattern") or () if tag not in ("as-is", *smaller)]:
         parts.append(f"pruned to {', '.join(f'`{pattern}`' for pattern in pruned)} with `{run.solver}`")
+    if run.recovery:
+        parts.append(f"then trained on {count(run.recovery['tokens'])} tokens of its dense parent's outputs")
     if found.report.get("grid"):
-        parts.append(f"its weights rounded to {found.report['grid']['values']} by calibration")
+        how = "in training" if run.recovery else "by calibration"
+        parts.append(f"its weights rounded to {found.report['grid']['values']} {how}")
     elif kinds(found):
         parts.append(f"its weights stored as {', '.join(kinds(found))}")
     if found.export.get("format"):
@@ -103,7 +106,7 @@ def _lead(found: Publication, run: Run, fields: dict[str, Any]) -> str:
 def _sections(found: Publication, run: Run, repo: str) -> Iterator[str]:
     yield f"## How to load it\n\n{loading(found, repo)}"
     yield f"## What it is worth\n\n{_worth(run)}"
-    if run.report and run.options:
+    if run.options or run.recovery:
         yield f"## How it was made\n\n{_made(run)}"
     yield f"## Size and speed\n\n{_size(found, run)}"
     yield f"## Known losses\n\n{_losses(found, run)}"
@@ -173,20 +176,40 @@ def _share(row: dict[str, Any], whose: str) -> str:
 def _made(run: Run) -> str:
     report = run.report or {}
     text = report.get("calibration") or {}
-    parts = [f"```console\n{shlex.join(command_of(report))}\n```"]
+    parts = [f"```console\n{shlex.join(command_of(report))}\n```"] if run.options else []
     if text:
         source = str(text.get("source"))
-        licence = LICENCES.get(source.partition(":")[0])
-        about = f"its licence: {licence}" if licence else "its licence is its source's"
         size = f"{text.get('samples')} windows of {text.get('sequence_length')} tokens"
         parts.append(
-            f"Calibration: {size} of `{source}` ({about}); sha256 of the tokens `{text.get('tokens_sha256')}`."
+            f"Calibration: {size} of `{source}` ({_licence(source)}); sha256 of the tokens `{text.get('tokens_sha256')}`."
         )
+    if found := run.recovery:
+        parts += _recovered(report, found)
     hashes = [f"`{name}` {value}" for name, value in (report.get("source_files") or {}).items()]
     if hashes:
         parts.append(f"The dense model's files, by sha256: {', '.join(hashes)}.")
     versions = ", ".join(f"{name} {found}" for name, found in (report.get("versions") or {}).items())
     return "\n\n".join([*parts, f"Versions: {versions}." if versions else ""]).strip()
+
+
+def _licence(source: str) -> str:
+    licence = LICENCES.get(source.partition(":")[0])
+    return f"its licence: {licence}" if licence else "its licence is its source's"
+
+
+def _recovered(report: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    yield f"```console\n{shlex.join(command_of_recovery(report))}\n```"
+    data, kl, windows = found["options"]["data"], found["kl"], found["windows"]
+    over = (
+        f" over its {few} likeliest tokens and all others as one"
+        if (few := found["options"]["top_k"])
+        else ""
+    )
+    yield (
+        f"Recovery: {found['tokens']:,} tokens, {plain(found['epochs'])} times {windows['trained']} windows of `{data}` "
+        f"({_licence(data)}); sha256 of the tokens `{found['tokens_sha256']}`. KL divergence from the dense model{over} on "
+        f"{windows['held_out']} windows held out: {plain(kl['before'])} nats a token before, {plain(kl['after'])} after."
+    )
 
 
 def _size(found: Publication, run: Run) -> str:

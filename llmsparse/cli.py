@@ -37,6 +37,11 @@ class Shell(NamedTuple):
 
 SHELLS = {
     "prune": Shell("llmsparse.prune", "prune", "Prune MODEL, a hub id or a folder, into the new folder OUT."),
+    "recover": Shell(
+        "llmsparse.recover",
+        "recover",
+        "Train SPARSE, zeros held, on its dense parent's outputs.",
+    ),
     "quantize": Shell(
         "llmsparse.quantize", "quantize", "Round MODEL's weights to int8 or int4, calibrated, into OUT."
     ),
@@ -219,7 +224,7 @@ def run(command: str, given: dict[str, Any], as_json: bool) -> None:
             with progress:
                 result = function(**given)
         except KeyboardInterrupt:
-            resumable = "; run the same command with --resume to continue" if command == "prune" else ""
+            resumable = "; run the same command with --resume to continue" if "resume" in taken else ""
             _end(f"interrupted{resumable}", 130)
         except Exception as error:
             if (explanation := explain(error, given)) is None:
@@ -247,7 +252,10 @@ def explain(error: Exception, given: dict[str, Any]) -> str | None:
         where = f" while writing {given['out']}" if "out" in given else ""
         return f"disk full{where} ({text}); free some space, then run the same command with --resume"
     if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory ({text}); use a smaller --batch-size, --samples or --sequence-length, or --device cpu"
+        less = "a smaller --batch-size, --samples or --sequence-length, or --device cpu"
+        if "sparse" in given:
+            less = "--checkpointing, --optimizer adamw8bit, a smaller --batch-size or --sequence-length, or --device cpu"
+        return f"out of memory ({text}); use {less}"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return f"{text}; choose a place that you may read and write"
     return None

@@ -91,20 +91,13 @@ class DenseModel:
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
         """The model with all its weights in memory, on the device and in the dtype of forward passes."""
-        skeleton, job = self.job.skeleton, self.job
-        blocks = [f"{skeleton.block_path}.{index}" for index in range(len(skeleton.blocks))]
+        skeleton = self.job.skeleton
         try:
-            skeleton.materialize_outside(skeleton.model, job.dtype, job.device)
-            for name in blocks:
-                skeleton.materialize(name, job.dtype, job.device)
-            skeleton.model.tie_weights()
-            skeleton.checkpoint.close()
+            model = skeleton.materialize_all(self.job.dtype, self.job.device)
             with torch.no_grad():
-                yield skeleton.model
+                yield model
         finally:
-            for name in blocks:
-                skeleton.release(name)
-            skeleton.release_outside(skeleton.model)
+            skeleton.release_all()
 
 
 def moved(before: Tensor, after: Tensor) -> float:

@@ -20,6 +20,14 @@ def plain(value: float | None) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
+def count(number: int) -> str:
+    """``0``, ``512``, ``98k``, ``1.05M``: three digits."""
+    for power, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= power:
+            return f"{number / power:.3g}{unit}"
+    return str(number)
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     return "" if share is None else f"{100 * share:.{digits}f} %".replace("-", "−")
 

@@ -26,9 +26,23 @@ def layout(
     return tensors
 
 
+def beside(quantised: dict[str, tuple[tuple[int, int], Grid]]) -> dict[str, tuple[dict, dict[str, str]]]:
+    """The file, if anything is ``quantised`` (name -> (out, in) shape and grid): its tensors and metadata."""
+    shapes, grids = ({name: each[i] for name, each in quantised.items()} for i in (0, 1))
+    described = {name: str(grid) for name, grid in grids.items()}
+    return {NAME: (layout(shapes, grids), described)} if quantised else {}  # type: ignore[arg-type]
+
+
 def tensors(name: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """One weight's part of the file."""
     return {name + CODES: codes, name + SCALES: scales.to(torch.bfloat16)}
+
+
+def described(grid: Grid, tables: str, dtype: torch.dtype) -> dict[str, str]:
+    """What a report tells a reader of quantised weights; ``tables``: the values of embedding and output tables."""
+    stored = str(dtype).removeprefix("torch.")
+    note = f"a weight is code x scale, both in {NAME}; the {stored} weights are the rounding of that"
+    return {"file": NAME, "values": str(grid), "tables": tables, "note": note}
 
 
 class GridFile:

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from llmsparse.recipe import Recipe
+from llmsparse.recovery import Recovery
 
 METAVARS = {
     "set": "KEY=VALUE",
@@ -23,9 +24,11 @@ METAVARS = {
     "repo": "REPO_ID",
     "base_model": "REPO_ID",
     "stride": "N",
+    "teacher": "MODEL",
 }
 HELP = {
     "model": "a hub id (owner/name) or a local folder",
+    "sparse": "a folder that prune wrote, or a pruned model's hub id",
     "out": "the folder to write; it appears whole or not at all",
     "recipe": "YAML file of these options; options given here win",
     "resume": "continue a run that was cut off",
@@ -97,3 +100,4 @@ HELP_OF = {  # where a name means less than it does to prune
     ("demo", "sequence_length"): "tokens a window",
     ("demo", "windows"): "windows that are scored",
 }
+HELP_OF |= {("recover", field.name): field.metadata["help"] for field in fields(Recovery)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llmsparse.blocks import Figure
-from llmsparse.figures import percent, plain
+from llmsparse.figures import count, percent, plain
 from llmsparse.measures import Key, measures, source_name
 from llmsparse.plots import Bar, Line, Look, Point, bars, flat_bars, intervals, lines, scatter
 from llmsparse.runs import Run, sparsity
@@ -118,6 +118,23 @@ def _positions(
         said[run.name] = f"{plain(known[0])} to {plain(known[-1])}" if known else "not finite"
     options = {"x": "position in the window, up to", "y": axis[0], "alt": _said(title, said)}
     return Figure(title, functools.partial(lines, drawn, [str(end) for end in ends], **options))
+
+
+# ---- recovery
+
+
+def recovery(runs: Sequence[Run], looks: Looks) -> Figure:
+    """The divergence on the held-out text while the runs were trained."""
+    curves = {run.name: {row["tokens"]: row["held_out"] for row in run.recovery["curve"]} for run in runs}
+    ends = sorted({tokens for curve in curves.values() for tokens in curve})
+    drawn = [Line(looks[name], [curve.get(end) for end in ends]) for name, curve in curves.items()]
+    ticks = [count(end) for end in ends]
+    found = {name: [value for value in curve.values() if value is not None] for name, curve in curves.items()}
+    said = _said(
+        "KL on held-out text", {n: f"{plain(v[0])} to {plain(v[-1])}" for n, v in found.items() if v}
+    )
+    options = {"x": "tokens trained on", "y": "nats a token", "alt": said}
+    return Figure("KL divergence on held-out text", functools.partial(lines, drawn, ticks, **options))
 
 
 # ---- layer by layer

@@ -1,12 +1,14 @@
 """What a run will do, cost and save, before any weight is loaded."""
 
+import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmsparse import chain
+from llmsparse import chain, compensation, gridfile
 from llmsparse.allocation import Allocator, allocator_of
 from llmsparse.calibration import SELF, Calibration, calibrate, parse_sources
 from llmsparse.checkpoint import Checkpoint
@@ -24,6 +26,7 @@ from llmsparse.sampling import Sampler, Sampling, Unwritten
 from llmsparse.shrinking import Shrink, refuse_apart, split
 from llmsparse.skeleton import Skeleton, Weight
 from llmsparse.statistics import Gram
+from llmsparse.writer import Beside
 
 
 @dataclass
@@ -98,6 +101,20 @@ class Job:
         shapes = {w.name: (w.out_features, w.in_features) for w in self.weights} if self.grid else {}
         shapes |= {name: self.checkpoint.shape(name) for name in self.tables}  # type: ignore[misc]
         return {name: (shape, self.tables.get(name) or self.grid) for name, shape in shapes.items()}  # type: ignore[misc]
+
+    @cached_property
+    def adapted(self) -> dict[str, str]:
+        """Weight name -> the module of its adapter, of those that get one."""
+        return compensation.modules(self.skeleton, self.weights) if self.recipe.compensate else {}
+
+    def beside(self) -> Beside:
+        """The files that are written beside the checkpoint's own: tensors and metadata of each."""
+        files: Beside = gridfile.beside(self.quantised())
+        if paths := self.adapted:
+            weights = {w.name: w for w in self.weights}
+            rank, dtype = self.recipe.compensate, self.checkpoint.stored_dtype
+            files[compensation.NAME] = compensation.layout(weights, paths, rank, dtype), {}
+        return files
 
     def calibrate(self, sampler: Sampler | Unwritten | None = None) -> Calibration | None:
         """The calibration windows; None where no weight is pruned, or by a data-free solver whose allocator wants none."""
@@ -195,6 +212,10 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
         raise UserError(
             f"solver {recipe.solver} uses no calibration data, which --reconstruct and --targets dense need; take another"
         )
+    if recipe.compensate and job.reconstruction:
+        raise UserError(
+            "--compensate adds to what the solver leaves, and --reconstruct changes that; give one of them"
+        )
     job.tables = _tables(job)
     return job
 
@@ -239,11 +260,17 @@ def with_defaults(recipe: Recipe, config: Any) -> Recipe:
     samples = recipe.samples or (64 if little else 128)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = recipe.sequence_length or min(512 if little else 2048, limit or 2048)
+    check_length(length, config)
+    return replace(recipe, samples=samples, sequence_length=length)
+
+
+def check_length(length: int, config: Any) -> None:
+    """Refuse windows longer than the model takes."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
         raise UserError(
             f"--sequence-length {length} is more than the model's max_position_embeddings, {limit}"
         )
-    return replace(recipe, samples=samples, sequence_length=length)
 
 
 def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, Any]:
@@ -283,7 +310,12 @@ def plan(model: str | Path, *, recipe: Any = None, **options: Any) -> dict[str, 
         ],
         "coverage": job.coverage(),
         "read_bytes": size,
-        "write_bytes": size + sum(o * i + 2 * o * g.groups(i) for (o, i), g in job.quantised().values()),
+        "write_bytes": size
+        + sum(
+            dtype.itemsize * math.prod(shape)
+            for tensors, _ in job.beside().values()
+            for dtype, shape in tensors.values()
+        ),
         **peaks(job),
         "seconds_estimate": seconds(job),
         "warnings": [

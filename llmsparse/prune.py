@@ -10,7 +10,7 @@ from llmsparse.block import Block
 from llmsparse.calibration import Calibration
 from llmsparse.errors import UserError
 from llmsparse.heap import return_freed_memory
-from llmsparse.plan import Job, prepare
+from llmsparse.plan import prepare
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
 from llmsparse.push import may_push
@@ -50,7 +50,7 @@ def prune(
     job = smaller.job
     job.device = processes.device(job.device)
     phases = Phases(job.device, progress.now)
-    writer = Writer(job.checkpoint, out, overwrite, job.quantised())
+    writer = Writer(job.checkpoint, out, overwrite, job.beside())
     work = Work(job, writer, processes, phases, progress)
     progress.start("reading text", 1)
     with work.phases("calibration text"):
@@ -154,7 +154,11 @@ def _report(
         warnings.append(
             f"left as they are, not linear weights: {len(job.skeleton.unrecognised)} such as {names}"
         )
-    grid = {"grid": _rounded(job)} if job.grid else {}
+    grid = (
+        {"grid": gridfile.described(job.grid, job.recipe.embeddings or "int8", job.checkpoint.stored_dtype)}
+        if job.grid
+        else {}
+    )
     return {
         "model": model,
         "commit": job.source.commit,
@@ -185,15 +189,4 @@ def _report(
         "weights": records,
         "tables": [],
         "warnings": warnings,
-    }
-
-
-def _rounded(job: Job) -> dict[str, Any]:
-    """What a reader of quantised weights must know."""
-    dtype = str(job.checkpoint.stored_dtype).removeprefix("torch.")
-    return {
-        "file": gridfile.NAME,
-        "values": str(job.grid),
-        "tables": job.recipe.embeddings or "int8",
-        "note": f"a weight is code x scale, both in {gridfile.NAME}; the {dtype} weights are the rounding of that",
     }

@@ -23,7 +23,8 @@ OWN = (
 )  # whose options --set takes as NAME.KEY, beside the solver's
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options: its default and its help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -31,73 +32,74 @@ def _option(default: Any, text: str) -> Any:
 class Recipe:
     """Every option of ``prune`` and ``plan``; ``None`` means the default that its help states."""
 
-    solver: Any | None = _option(
+    solver: Any | None = option(
         None,
         "pruning method, see `llmsparse list solvers`; refit:wanda is refit around wanda (default: alps, with --values "
         "sparsegpt)",
     )
-    pattern: tuple[Any, ...] = _option(
+    pattern: tuple[Any, ...] = option(
         ("50%",),
         "50%, or n:m with n KEPT of m, or as-is; REGEX=PATTERN for some weights; width:25% or depth:2 first makes the "
         "model itself smaller (repeatable)",
     )
-    scope: str | None = _option(None, "where 50% is counted: row or layer (default: the solver's own)")
-    allocate: Any = _option(
+    scope: str | None = option(None, "where 50% is counted: row or layer (default: the solver's own)")
+    allocate: Any = option(
         "uniform",
         "how the patterns' sparsity is divided among the weights that share one, see `llmsparse list allocators`",
     )
-    budget: str = _option(
+    budget: str = option(
         "parameters",
         "what the division leaves as it is: parameters, packed bytes, or decode time here (time)",
     )
-    calibration: str = _option(
+    calibration: str = option(
         "builtin",
         "builtin, self (the model writes it), a .txt/.jsonl/.parquet file or folder, a hub dataset id[:config][:split], "
         "or a=0.5,b=0.5",
     )
-    samples: int | None = _option(None, "calibration windows (default 128; builtin, self 64)")
-    sequence_length: int | None = _option(
+    samples: int | None = option(None, "calibration windows (default 128; builtin, self 64)")
+    sequence_length: int | None = option(
         None, "tokens a window (default 2048; builtin, self 512; at most what the model takes)"
     )
-    values: str | None = _option(  # or a Grid
+    values: str | None = option(  # or a Grid
         None, "int8, int4:32 or int4:64: round inside the solver (default: values stay floating-point)"
     )
-    embeddings: str | None = _option(
+    embeddings: str | None = option(
         None,
         "the same for embedding and output tables; keep leaves them (default: int8 with --values, else keep)",
     )
-    targets: str = _option(
+    targets: str = option(
         "pruned",
         "what a block is to reproduce: its dense outputs on the pruned model's inputs, or the dense model's (dense)",
     )
-    order: str = _option(
+    order: str = option(
         "sequential", "of the weights of a block: each on what those before it produce, or all together"
     )
-    reconstruct: int = _option(
+    reconstruct: int = option(
         0, "epochs of training each block's kept weights on the calibration text, after the solver"
     )
-    permute: bool = _option(
+    compensate: int = option(
+        0, "rank of an adapter beside OUT (PEFT's LoRA) that takes most of each weight's error; 0 for none"
+    )
+    permute: bool = option(
         False,
         "first put channels into an order in which an n:m pattern keeps more; what the model computes stays",
     )
-    seed: int = _option(0, "seed of the choice of calibration text")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1...")
-    set: tuple[str, ...] = _option(
+    seed: int = option(0, "seed of the choice of calibration text")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1...")
+    set: tuple[str, ...] = option(
         (), "a solver's option, e.g. damping=0.02; reconstruct.KEY=, allocate.KEY= for those (repeatable)"
     )
-    skip: tuple[str, ...] = _option((), "regular expression of weights to leave dense (repeatable)")
-    include: tuple[str, ...] = _option(
+    skip: tuple[str, ...] = option((), "regular expression of weights to leave dense (repeatable)")
+    include: tuple[str, ...] = option(
         (), "regular expression of weights to prune besides the blocks', e.g. lm_head (repeatable)"
     )
-    revision: str | None = _option(None, "branch, tag or commit of a hub model")
-    token: str | None = _option(None, "hub token (default: the one you are logged in with)")
-    cache_dir: str | None = _option(None, "where hub downloads are kept")
-    dtype: str = _option("auto", "of forward passes: auto, float32, bfloat16 or float16")
-    batch_size: str = _option(
-        "auto", "windows a forward pass: auto, or a number; halved when memory runs out"
-    )
-    offload: str = _option("cpu", "where hidden states wait: cpu, disk or none (stay on the device)")
-    trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    token: str | None = option(None, "hub token (default: the one you are logged in with)")
+    cache_dir: str | None = option(None, "where hub downloads are kept")
+    dtype: str = option("auto", "of forward passes: auto, float32, bfloat16 or float16")
+    batch_size: str = option("auto", "windows a forward pass: auto, or a number; halved when memory runs out")
+    offload: str = option("cpu", "where hidden states wait: cpu, disk or none (stay on the device)")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
         for name in ("pattern", "set", "skip", "include"):
@@ -115,6 +117,8 @@ class Recipe:
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)} is unknown; use {', '.join(known)}")
+        if self.compensate < 0:
+            raise UserError(f"--compensate {self.compensate} must be a rank, or 0 for none")
         if self.reconstruct < 0:
             raise UserError(f"--reconstruct {self.reconstruct} must be a number of epochs, or 0 for none")
         if self.batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.batch_size):
@@ -175,12 +179,14 @@ class Recipe:
             raise UserError(f"--set {owner}...: {error}") from error
 
 
-def with_options(function: Callable[..., Any], without: tuple[str, ...] = ()) -> inspect.Signature:
-    """The signature of ``function`` with its ``**options`` spelled out as the recipe's fields."""
+def with_options(
+    function: Callable[..., Any], without: tuple[str, ...] = (), kind: type | None = None
+) -> inspect.Signature:
+    """The signature of ``function`` with its ``**options`` spelled out as the fields of ``kind``, else of ``Recipe``."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in fields(Recipe)
+        for f in fields(kind or Recipe)
         if f.name not in without
     ]
     return inspect.Signature([*own, *options], return_annotation=dict[str, Any])

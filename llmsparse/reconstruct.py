@@ -10,6 +10,7 @@ from torch import Tensor
 from llmsparse.block import Block
 from llmsparse.errors import UserError
 from llmsparse.processes import Processes
+from llmsparse.schedule import share_of
 
 BETAS = (0.9, 0.95)  # of Adam: few steps are taken
 WARM = 0.1  # share of the steps in which the rate rises
@@ -129,8 +130,7 @@ class _Training:
 
     def _step(self, windows: list[int]) -> None:
         self.step += 1
-        done = self.step / self.steps
-        share = min(1.0, done / WARM) * 0.5 * (1 + math.cos(math.pi * min(done, 1 - 0.5 / self.steps)))
+        share = share_of(self.step, self.steps, WARM)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         self.optimizer.zero_grad()

@@ -26,6 +26,7 @@ def prune(report: Row) -> RenderableType:
         *([zeros] if report["weights"] else []),
         *_permutation(report),
         *_rounding(report),
+        *_adapter(report),
         f"{duration(sum(seconds.values()))} ({', '.join(f'{k} {duration(v)}' for k, v in seconds.items())}), "
         f"peak memory {byte_size(max(peak.values(), default=0))}",
         *(f"warning: {text}" for text in report.get("warnings", ())),
@@ -62,7 +63,7 @@ def push(result: Row) -> RenderableType:
     """Every file, then where they are."""
     rows = [(file["path"], byte_size(file["bytes"])) for file in result["files"]]
     lines = [_pushed(result), *(f"warning: {text}" for text in result["warnings"])]
-    return Group(_table(("file", "size >"), rows), *map(Text, lines))
+    return Group(table(("file", "size >"), rows), *map(Text, lines))
 
 
 def card(result: Row) -> RenderableType:
@@ -79,6 +80,16 @@ def _rounding(report: Row) -> list[str]:
     ]
 
 
+def _adapter(report: Row) -> list[str]:
+    left = [row["error_left"] for row in report["weights"] if "error_left" in row]
+    if not left:
+        return []
+    rank, share = report["options"]["compensate"], sum(left) / len(left)
+    return [
+        f"an adapter of rank {rank} in {report['out']}/adapter leaves {share:.1%} of {len(left)} weights' errors"
+    ]
+
+
 def plan(result: Row) -> RenderableType:
     """A line for each kind of weight, then coverage and the expected cost."""
     host, device = (byte_size(result[f"peak_{side}_bytes"]) or "unknown" for side in ("host", "device"))
@@ -91,6 +102,13 @@ def plan(result: Row) -> RenderableType:
         *(f"warning: {text}" for text in result.get("warnings", ())),
     ]
     return Group(_kinds(result["weights"], measured=False), *map(Text, lines))
+
+
+def recover(report: Row) -> RenderableType:
+    """The table that the recovery lays out itself."""
+    from llmsparse.course import show
+
+    return show(report)
 
 
 def evaluate(result: Row) -> RenderableType:
@@ -127,7 +145,7 @@ def inspect(result: Row) -> RenderableType:
     if totals["negative_zeros"]:
         lines.append(f"{totals['negative_zeros']:,} of the zeros are -0.0")
     headings = ("weight", "shape", "dtype", "zeros >", "strictest n:m (n kept)")
-    return Group(_table(headings, rows), *map(Text, lines))
+    return Group(table(headings, rows), *map(Text, lines))
 
 
 def bench(result: Row) -> RenderableType:
@@ -141,10 +159,10 @@ def bench(result: Row) -> RenderableType:
             mine = [row for row in rows if tuple(row["shape"]) == shape]
             lines.append((_shape(shape), str(mine[0]["layers"]), mine))
         cells = [(name, count, *_times(mine, forms)) for name, count, mine in lines]
-        table = _table(("shape", "layers >", *(f"{form} >" for form in forms)), cells)
+        shown = table(("shape", "layers >", *(f"{form} >" for form in forms)), cells)
         tables += [
             Text(f"threads {threads}, tokens {result['tokens']}: minimum in µs (times torch bf16's speed)"),
-            table,
+            shown,
         ]
     where = f"{result['processor']}, kernels {result['kernels']}, torch {result['versions']['torch']}"
     return Group(*tables, Text(f"{result['zeros']:.1%} zeros; {where}"))
@@ -180,7 +198,7 @@ def doctor(result: Row) -> RenderableType:
         *extras,
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]
-    return Group(_table(("native kernels", ""), rows), *map(Text, lines))
+    return Group(table(("native kernels", ""), rows), *map(Text, lines))
 
 
 def export(result: Row) -> RenderableType:
@@ -210,7 +228,7 @@ def export(result: Row) -> RenderableType:
         lines += show_check(result["check"])
     if "file" not in result:
         lines.append(f"next: {result.get('next') or shlex.join(follow)}")
-    return Group(_table(("", "before >", "after >", "of it >"), rows), *map(Text, lines))
+    return Group(table(("", "before >", "after >", "of it >"), rows), *map(Text, lines))
 
 
 def export_matrix(result: Row) -> RenderableType:
@@ -230,7 +248,7 @@ def export_matrix(result: Row) -> RenderableType:
         *(f"warning: {text}" for text in result["warnings"]),
         f"written to {result['out']}" + (f"; drawn in {result['page']}" if result["page"] else ""),
     ]
-    return Group(_table(("target", *columns), ((r["name"], *texts(r)) for r in written)), *map(Text, lines))
+    return Group(table(("target", *columns), ((r["name"], *texts(r)) for r in written)), *map(Text, lines))
 
 
 def _needs(device: Row | None) -> list[str]:
@@ -280,7 +298,7 @@ def choices(result: Row) -> RenderableType:
     for kind, rows in result.items():
         wide = any(row.get("options") for row in rows)
         lines = [(row["name"], row["about"], *([row["options"]] if wide else [])) for row in rows]
-        tables.append(_table((kind, "", "--set") if wide else (kind, ""), lines))
+        tables.append(table((kind, "", "--set") if wide else (kind, ""), lines))
     return Group(*tables)
 
 
@@ -293,6 +311,7 @@ def demo(result: Row) -> RenderableType:
 
 SHOW: dict[str, Callable[[Row], RenderableType]] = {
     "prune": prune,
+    "recover": recover,
     "quantize": prune,
     "plan": plan,
     "eval": evaluate,
@@ -331,7 +350,7 @@ def _kinds(weights: list[Row], measured: bool) -> Table:
                 _range((w.get("error") for w in members), "{:.4f}"),
             )
         rows.append(row)
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
 def _keeps(pattern: str) -> str:
@@ -356,7 +375,7 @@ def _range(values: Iterable[float | None], form: str) -> str:
     return " to ".join(ends)
 
 
-def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+def table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     """A table; a heading that ends in " >" is of numbers."""
     table = Table()
     for heading in headings:

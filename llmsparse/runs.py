@@ -60,6 +60,11 @@ class Run:
         return (self.report or {}).get("weights") or []
 
     @cached_property
+    def recovery(self) -> Row:
+        """How it was trained after pruning; empty where it was not."""
+        return (self.report or {}).get("recovery") or {}
+
+    @cached_property
     def sparsity(self) -> float | None:
         """The share of zeros in the pruned weights."""
         return sparsity(self.weights)

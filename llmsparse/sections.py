@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from llmsparse import panels
 from llmsparse.blocks import Block, Cell, Facts, Figures, Note, Sample, Samples, Section, Table
-from llmsparse.command import command_of
-from llmsparse.figures import byte_size, duration, percent, plain, with_error
+from llmsparse.command import command_of, command_of_recovery
+from llmsparse.figures import byte_size, count, duration, percent, plain, with_error
 from llmsparse.measures import Key, Measure, change, labels, measures, same_data, source_name, with_dense
 from llmsparse.plots import Look, looks
 from llmsparse.runs import Run
@@ -49,7 +49,7 @@ class View(NamedTuple):
 def sections(runs: list[Run]) -> list[Section]:
     """Everything the runs have to say; what was not measured is said too."""
     view = View.of(runs)
-    made = (_runs, _quality, _capabilities, _fidelity, _layers, _generation, _reproduce)
+    made = (_runs, _quality, _capabilities, _fidelity, _recovery, _layers, _generation, _reproduce)
     return [section for make in made if (section := make(view)) is not None]
 
 
@@ -224,6 +224,26 @@ def _agreement(row: Row) -> Iterator[Cell]:
         yield Cell(percent(row.get(key)) or "not measured")
 
 
+# ---- recovery
+
+
+def _recovery(view: View) -> Section | None:
+    runs = [run for run in view.runs if run.recovery]
+    if not runs:
+        return None
+    head = [Cell(h) for h in ("run", "teacher", "tokens", "times the text", "KL before", "KL after", "time")]
+    rows = []
+    for run in runs:
+        found, kl = run.recovery, run.recovery["kl"]
+        figures = (count(found["tokens"]), plain(found["epochs"]), plain(kl["before"]), plain(kl["after"]))
+        time = duration(sum(found["seconds"].values()))
+        rows.append([view.head(run), Cell(found["teacher"]), *map(Cell, (*figures, time))])
+    figures_of = Figures("", [panels.recovery(runs, view.looks)], view.legend(runs) if len(runs) > 1 else ())
+    lead = "Training after pruning, zeros held, towards the dense model's next-token distribution; KL in nats a token on "
+    lead += "text that was held out."
+    return Section("recovery", "Recovery", lead, [Table("", head, rows, words=2), figures_of])
+
+
 # ---- layers
 
 
@@ -235,9 +255,7 @@ def _layers(view: View) -> Section | None:
         Figures(run.name if len(runs) > 1 else "", found) for run, found in panels.layers(runs, view.looks)
     ]
     blocks += [
-        Note(
-            f"{run.name}: no relative error, because {run.solver or 'its solver'} reads no calibration text."
-        )
+        Note(f"{run.name}: no relative error, because {_why_no_error(run)}.")
         for run in runs
         if all(weight.get("error") is None for weight in run.weights)
     ]
@@ -246,6 +264,12 @@ def _layers(view: View) -> Section | None:
     )
     lead += "much of a weight's output on the calibration text was changed, 0 for none of it, in squares."
     return Section("layers", "Layer by layer", lead, blocks)
+
+
+def _why_no_error(run: Run) -> str:
+    if run.recovery:
+        return "its weights were trained after they were pruned"
+    return f"{run.solver or 'its solver'} reads no calibration text"
 
 
 # ---- generation
@@ -293,8 +317,11 @@ def _reproduce(view: View) -> Section:
 
 
 def _facts(run: Run) -> Iterator[Facts]:
-    if run.report is not None:
+    if run.report is not None and (run.options or not run.recovery):
         yield Facts(f"{run.name}: pruning", _pruning(run.report), shlex.join(command_of(run.report)))
+    if run.report is not None and run.recovery:
+        command = shlex.join(command_of_recovery(run.report))
+        yield Facts(f"{run.name}: recovery", _recovering(run.recovery), command)
     for i, found in enumerate(run.evals, 1):
         number = f" {i}" if len(run.evals) > 1 else ""
         yield Facts(f"{run.name}: evaluation{number}", _evaluation(found))
@@ -316,6 +343,18 @@ def _pruning(report: Row) -> list[tuple[str, str]]:
     ]
     rows += [(f"sha256 of written {name}", str(value)) for name, value in (report.get("files") or {}).items()]
     return [*rows, *_versions(report)]
+
+
+def _recovering(found: Row) -> list[tuple[str, str]]:
+    rows = [("of", found["sparse"]), ("teacher", found["teacher"])]
+    for key, whose in (("source_files", ""), ("teacher_files", "the teacher's ")):
+        rows += [(f"sha256 of {whose}{name}", str(value)) for name, value in found[key].items()]
+    size = f"{found['windows']['trained']} windows, {found['windows']['held_out']} held out"
+    rows += [
+        ("text", f"{found['options']['data']}: {size}"),
+        ("sha256 of its tokens", found["tokens_sha256"]),
+    ]
+    return [*rows, *_versions(found)]
 
 
 def _evaluation(found: Row) -> list[tuple[str, str]]:

@@ -9,7 +9,14 @@ from llmsparse.errors import UserError
 SCORES = ("obs", "flap")
 COMPENSATIONS = ("refit", "bias")
 MULTIPLE = 64  # of a narrowed MLP's width: what kernels and formats for GPUs and CPUs divide by
-APART = ("skip", "include", "scope", "embeddings", "reconstruct")  # options that go with pruned weights alone
+APART = (
+    "skip",
+    "include",
+    "scope",
+    "embeddings",
+    "reconstruct",
+    "compensate",
+)  # options that go with pruned weights alone
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse.recipe import with_options
+from llmsparse.recovery import Recovery
 
-ANNOTATIONS = {"Path": Path, "Any": Any, "Callable": Callable}
+ANNOTATIONS = {"Path": Path, "Any": Any, "Callable": Callable, "Recovery": Recovery}
 
 
 def signature_of(module: str, function: str) -> inspect.Signature:

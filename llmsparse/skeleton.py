@@ -90,6 +90,9 @@ class Skeleton:
             ) from error
         self.model.eval().requires_grad_(False)
         self.sources = self._map_sources()
+        self._rows: dict[
+            str, dict[str, tuple[int, int]]
+        ] = {}  # of converted parameters, as they are found out
 
     @cached_property
     def block_path(self) -> str:
@@ -171,6 +174,15 @@ class Skeleton:
         prefix = next(name for name, module in self.model.named_modules() if module is root)
         self._fill(root, prefix, dtype, device, None, without=self.blocks)
 
+    def materialize_all(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The whole model with its values; ``release_all`` sends it back."""
+        self.materialize_outside(self.model, dtype, device)
+        for index in range(len(self.blocks)):
+            self.materialize(f"{self.block_path}.{index}", dtype, device)
+        self.model.tie_weights()
+        self.checkpoint.close()
+        return self.model
+
     def _fill(self, root: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device, reader: Any,
               without: nn.Module | None = None) -> None:  # fmt: skip
         for key, parameter in root._parameters.items():
@@ -194,6 +206,12 @@ class Skeleton:
     def release_outside(self, root: nn.Module) -> None:
         """The same for everything in ``root`` but the blocks."""
         _to_meta(root, self.blocks)
+
+    def release_all(self) -> None:
+        """Send every parameter back to the meta device."""
+        for index in range(len(self.blocks)):
+            self.release(f"{self.block_path}.{index}")
+        self.release_outside(self.model)
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -266,12 +284,19 @@ class Skeleton:
             if tensor.dim() == 2:
                 return {parts[0][0]: tensor}
             return {f"{parts[0][0]}[{i}]": tensor[i] for i in range(tensor.shape[0])}
-        *outer, columns = tensor.shape
+        columns = tensor.shape[-1]
+        if parameter not in self._rows:
+            self._rows[parameter] = self._rows_of(parameter, tensor.shape[:-1])
+        rows = self._rows[parameter].items()
+        return {name: tensor.view(-1, columns)[first : last + 1] for name, (first, last) in rows}
+
+    def _rows_of(self, parameter: str, outer: torch.Size) -> dict[str, tuple[int, int]]:
+        """Disk name -> the first and the last of a converted parameter's rows that it is."""
         # every row's number, sent the way of the weights
         numbers = torch.arange(math.prod(outer)).view(*outer, 1)
         reverted = revert_weight_conversion(self.model, {parameter: numbers})
-        views = {}
-        for name, _ in parts:
+        rows = {}
+        for name, _ in self.sources[parameter]:
             match = next(
                 (r for r in reverted if r == name or r.endswith("." + name) or name.endswith("." + r)), None
             )
@@ -283,8 +308,8 @@ class Skeleton:
                     f"{self.config.model_type} cannot be streamed: transformers does not say which rows of {parameter} "
                     f"the tensor {name} is"
                 )
-            views[name] = tensor.view(-1, columns)[int(found[0]) : int(found[-1]) + 1]
-        return views
+            rows[name] = int(found[0]), int(found[-1])
+        return rows
 
 
 def _to_meta(root: nn.Module, without: nn.Module | None) -> None:

@@ -49,7 +49,7 @@ def _after(work: Work, name: str, stage: Stage, text: Calibration | None, resume
     work.job.checkpoint.close()
     job = prepare(folder, work.job.recipe, smaller=True)
     job.device, job.origin = work.job.device, work.job.source
-    writer = Writer(job.checkpoint, out, work.writer.overwrite, job.quantised())
+    writer = Writer(job.checkpoint, out, work.writer.overwrite, job.beside())
     return replace(work, job=job, writer=writer, stages={**work.stages, name: record})
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmsparse import gridfile
 from llmsparse.block import Block
 from llmsparse.calibration import Calibration
+from llmsparse.compensation import compensate, keys, write_config
 from llmsparse.errors import SolverError, UserError
 from llmsparse.grid import Grid
 from llmsparse.pattern import Fixed, Pattern, Unstructured
@@ -26,9 +27,9 @@ from llmsparse.solution import Solution, masked
 from llmsparse.solvers.sparsegpt import SparseGPT
 from llmsparse.statistics import FirstTokens, Gram, SquaredNorm, Statistics
 from llmsparse.stream import BlockStream
+from llmsparse.tables import round_table
 from llmsparse.writer import Writer
 
-ROWS = 4096  # of a table rounded at a time
 AIM_DAMPING = 0.1  # of aiming a weight at the dense model's inputs
 
 
@@ -76,6 +77,11 @@ class Work:
                     report["tables"].append(self._round_table(name, grid))
                     written |= {name, *self.job.skeleton.same_as(name)}
                 self.writer.copy(sorted(set(self.job.checkpoint.names()) - written))
+                if paths := self.job.adapted:
+                    weights = {w.name: w for w in self.job.weights}
+                    write_config(
+                        self.writer.work, weights, paths, self.job.recipe.compensate, self.writer.out.name
+                    )
                 self.writer.prepare_to_finish(report)
         self.processes.together(lambda: self.writer.finish(report) if self.main else None)
         for name in self.stages if self.main else ():
@@ -109,18 +115,10 @@ class Work:
     def _round_table(self, name: str, grid: Grid) -> dict[str, Any]:
         """Round an embedding or output table, and write it with its codes."""
         stored = self.job.checkpoint.tensor(name)
-        codes, scales, lost, whole = [], [], 0.0, 0.0
-        for rows in stored.split(ROWS):
-            dense = rows.float()
-            found, scale = grid.nearest(dense)
-            values = grid.values(found, scale)
-            lost, whole = lost + float((values - dense).square().sum()), whole + float(dense.square().sum())
-            rows.copy_(values)
-            codes.append(found)
-            scales.append(scale)
+        table = round_table(stored, grid)
         same = dict.fromkeys([name, *self.job.skeleton.same_as(name)], stored)
-        self.writer.write(same | gridfile.tensors(name, torch.cat(codes), torch.cat(scales)))
-        return {"name": name, "shape": list(stored.shape), "values": str(grid), "squared_error": lost / whole}
+        self.writer.write(same | table.tensors(name))
+        return table.row(name, grid)
 
     @property
     def main(self) -> bool:
@@ -144,7 +142,7 @@ class Desk:
     weights: dict[str, Weight]
     views: dict[str, Tensor]
     disk: dict[str, Tensor] = field(default_factory=dict)  # the block's tensors as they will be written
-    codes: dict[str, Tensor] = field(default_factory=dict)  # tensors of grid.safetensors
+    codes: dict[str, Tensor] = field(default_factory=dict)  # tensors of the files beside
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)  # (out, in), of a block that is to be trained
     trained: dict[str, Tensor] = field(default_factory=dict)  # its weights after that, (out, in) float32
@@ -228,7 +226,7 @@ class Desk:
             weight, mask = self.weights[name], self.masks[name]
             stored = weight.stored(self.disk[weight.source])
             stored.copy_(torch.where(mask.to(view.device), view, 0.0))
-            _verify(name, stored, mask.to(stored.device))
+            verify(name, stored, mask.to(stored.device))
             self.views[name].copy_(stored)
             self.records[name]["block_error"] = outcome.errors
             if job.grid:
@@ -272,14 +270,14 @@ class Desk:
 
 Solved = tuple[
     dict[str, Any], dict[str, Tensor], Tensor
-]  # record, tensors of grid.safetensors, mask (out, in)
+]  # record, tensors of the files beside, mask (out, in)
 
 
 def prune_weight(
     job: Job, weight: Weight, stored: Tensor, statistics: Any, grid: Grid | None,
     solver: Any = None, pattern: Pattern | None = None,
 ) -> Solved:  # fmt: skip
-    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor); say how it went, its codes and mask.
+    """Prune one weight in place (``stored``, a view (out, in) of its disk tensor); say how it went, what is written beside.
 
     By the job's solver to the job's pattern, unless others are given.
     """
@@ -298,7 +296,7 @@ def prune_weight(
             notes["warning"] = f"{seen}; use more calibration text"
         solution = _calibrated(solver, weight.name, dense, statistics, pattern, grid)
     stored.copy_(solution.weight)
-    _verify(weight.name, stored, solution.mask.to(stored.device))
+    verify(weight.name, stored, solution.mask.to(stored.device))
     solved, codes = stored.to(dense), {}
     if grid is not None:
         if solution.codes is None or solution.scales is None:
@@ -306,6 +304,12 @@ def prune_weight(
         solved = grid.values(solution.codes, solution.scales)
         codes = gridfile.tensors(weight.name, solution.codes.cpu(), solution.scales.cpu())
         notes["values"] = str(grid)
+    if path := job.adapted.get(weight.name):
+        wanted = aimed(dense, statistics, AIM_DAMPING) if isinstance(statistics, Gram) else dense
+        adapter = compensate(wanted - solved, statistics, job.recipe.compensate)
+        parts = zip(keys(path), adapter[:2], strict=True)
+        codes |= {key: part.to("cpu", job.checkpoint.stored_dtype) for key, part in parts}
+        notes["error_left"] = adapter.left
     record = {
         "name": weight.name,
         "shape": [weight.out_features, weight.in_features],
@@ -339,7 +343,7 @@ def _calibrated(
         raise SolverError(f"{name}: {error}") from error
 
 
-def _verify(name: str, stored: Tensor, mask: Tensor) -> None:
+def verify(name: str, stored: Tensor, mask: Tensor) -> None:
     """The mask after the cast to the checkpoint's dtype: pruned weights are +0.0, the others finite."""
     bits = stored.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.element_size()])
     if not bool(((bits == 0) | mask).all()):

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse import gridfile
 from llmsparse.checkpoint import DTYPE_NAMES, Checkpoint
 from llmsparse.errors import UserError
-from llmsparse.grid import Grid
 from llmsparse.report import finite
 from llmsparse.runs import OWN
 from llmsparse.sha256 import file_sha256
@@ -24,6 +22,7 @@ from llmsparse.sha256 import file_sha256
 COPY_BYTES = 256 << 20  # copied tensors held in memory at most, besides the last
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
+Beside = dict[str, tuple[Tensors, dict[str, str]]]  # another file -> its tensors and metadata
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -68,10 +67,9 @@ class Writer:
     """
 
     def __init__(self, checkpoint: Checkpoint, out: str | Path, overwrite: bool = False,
-                 quantised: dict[str, tuple[tuple[int, int], Grid]] | None = None) -> None:  # fmt: skip
+                 beside: Beside | None = None) -> None:  # fmt: skip
         self.checkpoint = checkpoint
-        self.grids = {name: grid for name, (_, grid) in (quantised or {}).items()}
-        self.codes = gridfile.layout({n: shape for n, (shape, _) in (quantised or {}).items()}, self.grids)
+        self.beside = beside or {}
         self.out = Path(out).expanduser().absolute()
         self.work = self.out.with_name(f".{self.out.name}.llmsparse-work")
         self.old = self.out.with_name(f".{self.out.name}.llmsparse-old")  # what is being replaced
@@ -113,9 +111,8 @@ class Writer:
                 self.work.mkdir(parents=True)
             for file, tensors in self._layout().items():
                 self._prepare(file, tensors, {"format": "pt"}, fresh)
-            if self.codes:
-                described = {name: str(grid) for name, grid in self.grids.items()}
-                self._prepare(gridfile.NAME, self.codes, {"format": "pt", **described}, fresh)
+            for file, (tensors, metadata) in self.beside.items():
+                self._prepare(file, tensors, {"format": "pt", **metadata}, fresh)
             if fresh:
                 self._append({"fingerprint": fingerprint})
 
@@ -143,7 +140,8 @@ class Writer:
 
     def _check_space(self) -> None:
         needed = sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
-        needed += sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.codes.values())
+        own = [described for tensors, _ in self.beside.values() for described in tensors.values()]
+        needed += sum(dtype.itemsize * math.prod(shape) for dtype, shape in own)
         parent = next(p for p in self.work.parents if p.exists())
         free = shutil.disk_usage(parent).free
         if free < needed:
@@ -171,6 +169,7 @@ class Writer:
         for name in tensors:
             self.offsets[name] = (self.work / file, 8 + len(text) + header[name]["data_offsets"][0])
         if new:
+            (self.work / file).parent.mkdir(exist_ok=True)
             with (self.work / file).open("wb") as stream:
                 stream.write(len(text).to_bytes(8, "little") + text)
                 stream.flush()
@@ -180,7 +179,7 @@ class Writer:
                     stream.truncate(8 + len(text) + offset)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Put tensors of the source's names, shapes and dtypes, or codes and scales, in their place."""
+        """Put tensors of the source's names, shapes and dtypes, or of the files beside it, in their place."""
         touched = set()
         with disk_errors(self.out):
             for name, tensor in tensors.items():
@@ -229,7 +228,12 @@ class Writer:
         with disk_errors(self.out):
             self._copy_other_files()
             self._write_index()
-            report["files"] = {f.name: file_sha256(f) for f in sorted(self.work.glob("*.safetensors"))}
+            files = [*self.checkpoint_files(), *self.beside]
+            report["files"] = {name: file_sha256(self.work / name) for name in sorted(files)}
+
+    def checkpoint_files(self) -> set[str]:
+        """The weight files that are written, by name."""
+        return {_target(file) for file in self.checkpoint.location.values()}
 
     def finish(self, report: dict[str, Any] | None) -> None:
         """Add ``report.json``, if any, and rename the work folder to OUT; the journal goes last: nothing is lost before."""

@@ -28,6 +28,7 @@ LANGUAGES = ("console", "python", "yaml", "json", "c")
 # What is other here than in the documents: options of a command, set whether it has them or not...
 SET = {
     "prune": {"--samples": "6", "--sequence-length": "32"},
+    "recover": {"--tokens": "1k", "--sequence-length": "32"},
     "quantize": {"--samples": "6", "--sequence-length": "32"},
     "plan": {"--samples": "6", "--sequence-length": "32"},
     "eval": {"--context": "32", "--windows": "2"},
@@ -39,6 +40,7 @@ REPLACED = {
     r"--stride \d+": "--stride 16",
     r"--limit \d+": "--limit 4",
     r"\bsamples=\d+": "samples=6",
+    r'\btokens="[\d.]+M"': 'tokens="1k"',
     r"\bsequence_length=\d+": "sequence_length=32",
     r"\bcontext=\d+": "context=32",
     r"\bOWNER/": f"{hub_server.OWNER}/",
@@ -54,7 +56,7 @@ NOT_RUN = {  # beginning of a command -> why
     'python -c "from llmsparse.gguf_checkpoint': "writes into the user's cache; tests/test_real.py runs it",
 }
 ABSENT = r"needs? .*not installed|no native kernel runs here"  # of this machine, and no fault of a document
-WRITES_OUT = ("prune", "quantize", "export")  # a document may write the same OUT in several ways
+WRITES_OUT = ("prune", "recover", "quantize", "export")  # a document may write the same OUT in several ways
 
 
 def blocks(text: str) -> list[tuple[str, str]]:

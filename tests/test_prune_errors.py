@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from llmsparse.errors import UserError
 from llmsparse.plan import plan
 from llmsparse.prune import prune
-from llmsparse.work import _verify
+from llmsparse.work import verify
 from tests.pruned import SMALL, hashes
 from tests.tiny import save_tiny
 
@@ -105,18 +105,18 @@ def test_weights_stored_in_eight_bits_are_refused_by_plan_and_prune(dtype, tmp_p
 def test_what_a_cast_can_spoil_is_found(dtype):
     mask = torch.tensor([[True, False], [True, True]])
     good = torch.tensor([[1.0, 0.0], [-2.0, -0.0]], dtype=dtype)
-    _verify("w", good, mask)
-    _verify("w", good.T, mask.T)
+    verify("w", good, mask)
+    verify("w", good.T, mask.T)
     for wrong in (-0.0, 1e-3, float("nan")):
         with pytest.raises(RuntimeError, match="w: pruned weights are not \\+0.0"):
-            _verify(
+            verify(
                 "w",
                 good.clone().index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(wrong, dtype=dtype)),
                 mask,
             )
     for wrong in (float("inf"), -float("inf"), float("nan")):
         with pytest.raises(UserError, match="w: the solved weights are not finite"):
-            _verify(
+            verify(
                 "w",
                 good.clone().index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(wrong, dtype=dtype)),
                 mask,

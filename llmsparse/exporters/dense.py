@@ -37,7 +37,7 @@ def export(
     """
     begun = time.perf_counter()
     source = Source(checkpoint, _dtype(values, embeddings), trust_remote_code)
-    writer = Writer(source.target, out, overwrite, source.coded)
+    writer = Writer(source.target, out, overwrite, gridfile.beside(source.coded))
     pieces.clear(writer)
     result = source.result()
     names = source.target.names()

@@ -1,0 +1,77 @@
+"""The loss of a recovery: how far a student's next-token distributions, and its blocks, lie from its teacher's."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llmsparse.eval.forward import Forward, pieces
+
+TINY = 1e-30  # of a squared norm that is divided by
+Divergence = Callable[[slice, Tensor], Tensor]  # of some tokens, given the student's logits: nats (tokens,)
+
+
+def backward(
+    student: Forward, states: Tensor, divergence: Divergence, share: float, extra: Tensor | None = None
+) -> Tensor:
+    """Add the gradient of ``share`` x (the summed divergence of ``states`` (..., hidden)) + ``extra``; return that sum.
+
+    A chunk of tokens has logits at a time: its gradient comes back to its states, and theirs go through the model.
+    """
+    flat = states.flatten(0, -2)
+    total, grads = flat.new_zeros((), dtype=torch.float32), []
+    for span in pieces(0, len(flat)):
+        leaf = flat[span].detach().requires_grad_()
+        with torch.enable_grad():
+            lost = divergence(span, student.logits(leaf)).sum()
+        (share * lost).backward()
+        total += lost.detach()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    outputs, gradients = [flat], [torch.cat(grads)]
+    if extra is not None:
+        outputs.append(extra)
+        gradients.append(torch.ones_like(extra))
+    torch.autograd.backward(outputs, gradients)
+    return total
+
+
+def forward(student: Forward, states: Tensor, divergence: Divergence) -> Tensor:
+    """The summed divergence of ``states`` (..., hidden) alone."""
+    flat = states.flatten(0, -2)
+    return sum(
+        (divergence(span, student.logits(flat[span])).sum() for span in pieces(0, len(flat))),
+        flat.new_zeros((), dtype=torch.float32),
+    )
+
+
+def block_errors(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """The mean over blocks and tokens of |s - t|^2 / |t|^2, of outputs (..., hidden) each: no token weighs more.
+
+    SquareHead (Kurtic et al., arXiv 2310.06927) divides by the whole layer's norm, which a few tokens make up.
+    """
+    errors = [
+        ((s.float() - t.float()).square().sum(-1) / t.float().square().sum(-1).clamp(min=TINY)).mean()
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ids int32 and log-probabilities float16 (tokens, count) of the ``count`` likeliest tokens of ``logits``."""
+    found = logits.log_softmax(-1).topk(min(count, logits.shape[-1]))
+    return found.indices.to(torch.int32), found.values.to(torch.float16)
+
+
+def of_likeliest(ids: Tensor, logs: Tensor, student: Tensor) -> Tensor:
+    """KL in nats of each token between distributions over the teacher's likeliest tokens and all others together.
+
+    ``ids``, ``logs`` (tokens, k): what ``likeliest`` gave; ``student``: logits (tokens, vocabulary). At most the
+    divergence of the whole distributions, by the data processing inequality.
+    """
+    expected = logs.float()
+    found = student.log_softmax(-1).gather(-1, ids.long())
+    seen = (expected.exp() * (expected - found)).sum(-1)
+    rest, left = (1 - part.exp().sum(-1) for part in (expected, found))
+    rest, left = rest.clamp(min=0), left.clamp(min=1e-7)
+    return seen + rest * (rest.clamp(min=1e-7).log() - left.log())

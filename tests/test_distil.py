@@ -1,0 +1,115 @@
+"""The loss of a recovery against plain formulas and against automatic differentiation of whole logits."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from llmsparse import distil
+from llmsparse.eval import forward as split
+from llmsparse.eval.fidelity import kl_divergence
+from llmsparse.eval.forward import forward_of
+from tests.tiny import VOCAB, save_tiny
+
+
+def logits_of(tokens, vocabulary, seed, scale=3.0):
+    random = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(tokens, vocabulary, generator=random, dtype=torch.float64)
+
+
+@pytest.fixture
+def models(tmp_path):
+    folders = [save_tiny("llama", tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    return [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64).eval() for f in folders]
+
+
+def test_gradients_by_chunk_are_those_of_whole_logits(models, monkeypatch):
+    monkeypatch.setattr(split, "CHUNK", 7)  # no divisor of the tokens
+    student, teacher = models
+    ids = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    logits = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    pair = [functional.log_softmax(each, -1) for each in (logits, expected)]
+    loss = functional.kl_div(*pair, log_target=True, reduction="batchmean")
+    loss.backward()
+    wanted = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+
+    forward = forward_of(student, ids[:1])
+    with torch.enable_grad():
+        states = forward.states(ids)
+        found = distil.backward(
+            forward, states, lambda span, own: kl_divergence(expected[span].float(), own), 1 / 48
+        )
+    assert float(found) / 48 == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-8)
+    with torch.no_grad():
+        alone = distil.forward(forward, states, lambda span, own: kl_divergence(expected[span].float(), own))
+    assert float(alone) == pytest.approx(float(found), rel=1e-6)
+
+
+def test_another_loss_on_the_blocks_adds_its_own_gradient(models):
+    student, _ = models
+    ids = torch.randint(3, VOCAB, (1, 8), generator=torch.Generator().manual_seed(2))
+    forward, weight = forward_of(student, ids), student.model.layers[0].mlp.up_proj.weight
+    expected = logits_of(8, VOCAB, 0).float()
+    grads = []
+    for share, extra in ((1.0, False), (0.0, True), (1.0, True)):
+        student.zero_grad()
+        states = forward.states(ids)
+        other = states.square().mean() if extra else None
+        distil.backward(forward, states, lambda span, own: kl_divergence(expected[span], own), share, other)
+        grads.append(weight.grad.clone())
+    torch.testing.assert_close(grads[2], grads[0] + grads[1])
+
+
+def test_a_block_error_gives_every_token_the_same_weight():
+    random = torch.Generator().manual_seed(0)
+    teacher = [torch.randn(2, 5, 8, generator=random) for _ in range(3)]
+    teacher[1][0, 0] *= 1e4  # a massive activation
+    student = [
+        t + 0.1 * torch.randn(t.shape, generator=random) * t.norm(dim=-1, keepdim=True) for t in teacher
+    ]
+    plain = [
+        sum((float(a) - float(b)) ** 2 for a, b in zip(s, t, strict=True)) / sum(float(b) ** 2 for b in t)
+        for pair in zip(student, teacher, strict=True)
+        for s, t in zip(*(each.flatten(0, 1) for each in pair), strict=True)
+    ]
+    found = float(distil.block_errors(student, teacher))
+    assert found == pytest.approx(sum(plain) / len(plain), rel=1e-5)
+    student[1][0, 0] = 2 * teacher[1][0, 0]  # however large it is, it adds 1 of 30 tokens
+    changed = [*plain[:10], 1.0, *plain[11:]]
+    assert float(distil.block_errors(student, teacher)) == pytest.approx(
+        sum(changed) / len(changed), rel=1e-5
+    )
+
+
+def of_likeliest(teacher, student, count):
+    """One token: KL between the ``count`` likeliest tokens and one outcome for all the others, by plain sums."""
+    p, q = ([math.exp(x - max(each)) for x in each] for each in (teacher, student))
+    p, q = ([x / sum(each) for x in each] for each in (p, q))
+    seen = sorted(range(len(p)), key=lambda i: -p[i])[:count]
+    found = sum(p[i] * math.log(p[i] / q[i]) for i in seen)
+    rest, left = 1 - sum(p[i] for i in seen), 1 - sum(q[i] for i in seen)
+    return found + (rest * math.log(rest / left) if rest > 1e-9 else 0.0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 31, 32])
+def test_the_likeliest_tokens_and_all_others_together(count):
+    teacher, student = logits_of(12, 32, 0), logits_of(12, 32, 1)
+    ids, logs = distil.likeliest(teacher, count)
+    assert ids.dtype == torch.int32 and logs.dtype == torch.float16 and ids.shape == (12, count)
+    found = distil.of_likeliest(ids, logs, student)
+    wanted = [of_likeliest(t, s, count) for t, s in zip(teacher.tolist(), student.tolist(), strict=True)]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=0.01, atol=0.01)
+    assert bool((found <= kl_divergence(teacher, student) + 0.01).all())
+
+
+def test_all_tokens_written_down_are_the_whole_divergence():
+    teacher, student = logits_of(12, 32, 0), logits_of(12, 32, 1)
+    found = distil.of_likeliest(*distil.likeliest(teacher, 32), student)
+    torch.testing.assert_close(found, kl_divergence(teacher, student), rtol=0.01, atol=0.01)
