@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from llmsparse.eval.forward import Forward, pieces
+from llmsparse.massive import parts, relative_error, weights
 
-TINY = 1e-30  # of a squared norm that is divided by
 Divergence = Callable[[slice, Tensor], Tensor]  # of some tokens, given the student's logits: nats (tokens,)
 
 
@@ -46,13 +46,12 @@ def forward(student: Forward, states: Tensor, divergence: Divergence) -> Tensor:
 
 
 def block_errors(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """The mean over blocks and tokens of |s - t|^2 / |t|^2, of outputs (..., hidden) each: no token weighs more.
+    """The mean over blocks of the relative errors of outputs (..., hidden): no token and no channel outweighs the rest.
 
     SquareHead (Kurtic et al., arXiv 2310.06927) divides by the whole layer's norm, which a few tokens make up.
     """
     errors = [
-        ((s.float() - t.float()).square().sum(-1) / t.float().square().sum(-1).clamp(min=TINY)).mean()
-        for s, t in zip(student, teacher, strict=True)
+        relative_error(s.float(), t.float(), weights(parts(t))) for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(errors).mean()
 

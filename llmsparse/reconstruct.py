@@ -9,13 +9,12 @@ from torch import Tensor
 
 from llmsparse.block import Block
 from llmsparse.errors import UserError
+from llmsparse.massive import parts, relative_error, weights
 from llmsparse.processes import Processes
 from llmsparse.schedule import share_of
 
 BETAS = (0.9, 0.95)  # of Adam: few steps are taken
 WARM = 0.1  # share of the steps in which the rate rises
-TINY = 1e-12  # of a token's squared norm
-LEAST = 1e-3  # part in a token's squared norm, times the number of channels, below which all count alike
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class _Training:
         self.held_out, self.windows = range(count - held, count), count - held
         self.steps = options.epochs * math.ceil(self.windows / options.batch)
         self.step = 0
-        self.importance = self._importance()
+        self.weighing = self._weighing()
 
     def epoch(self, number: int, seed: int) -> None:
         """Every window that is not held out, once, in an order of its own."""
@@ -150,19 +149,15 @@ class _Training:
         aim = self.block.aims.read(indices).float()
         with torch.autocast(stream.device.type, stream.dtype, enabled=stream.dtype != torch.float32):
             output = self.block.forward(self.block.module, stream.hidden.read(indices).float())
-        wrong = ((output - aim).square() * self.importance).sum(-1)
-        return (wrong / aim.square().sum(-1).clamp(min=TINY)).mean()
+        return relative_error(output, aim, self.weighing)
 
-    def _importance(self) -> Tensor:
-        """w_c (hidden,), of a mean of 1 over what the channels hold."""
-        aims, parts = self.block.aims, list[Tensor]()
+    def _weighing(self) -> Tensor:
+        """How much each channel counts, (hidden,)."""
+        aims = self.block.aims
         assert aims is not None
-        for window in range(len(self.block.stream.hidden)):
-            squares = aims.read(range(window, window + 1)).float().square()
-            parts.append((squares / squares.sum(-1, keepdim=True).clamp(min=TINY)).mean((0, 1)))
-        share = self.processes.average(torch.stack(parts).mean(0))
-        weights = (share + LEAST / len(share)) ** -self.options.channels
-        return weights / (weights * share).sum()
+        count = len(self.block.stream.hidden)
+        found = torch.stack([parts(aims.read(range(window, window + 1))) for window in range(count)])
+        return weights(self.processes.average(found.mean(0)), self.options.channels)
 
     def held_out_error(self) -> float:
         """The mean over the windows held out, of all processes."""

@@ -67,25 +67,37 @@ def test_another_loss_on_the_blocks_adds_its_own_gradient(models):
     torch.testing.assert_close(grads[2], grads[0] + grads[1])
 
 
-def test_a_block_error_gives_every_token_the_same_weight():
+def plain_error(student, teacher):
+    """One block's, by loops over tokens and channels."""
+    tokens = [t.tolist() for t in teacher.flatten(0, 1)]
+    norms, width = [sum(x * x for x in token) for token in tokens], len(tokens[0])
+    share = [
+        sum(t[c] ** 2 / n for t, n in zip(tokens, norms, strict=True)) / len(tokens) for c in range(width)
+    ]
+    weighing = [1 / (part + 1e-3 / width) for part in share]
+    whole = sum(w * part for w, part in zip(weighing, share, strict=True))
+    errors = [
+        sum(w / whole * (a - b) ** 2 for w, a, b in zip(weighing, s, t, strict=True)) / n
+        for s, t, n in zip(student.flatten(0, 1).tolist(), tokens, norms, strict=True)
+    ]
+    return sum(errors) / len(errors)
+
+
+def test_no_token_and_no_channel_outweighs_the_rest_of_a_block():
     random = torch.Generator().manual_seed(0)
     teacher = [torch.randn(2, 5, 8, generator=random) for _ in range(3)]
-    teacher[1][0, 0] *= 1e4  # a massive activation
+    teacher[1][0, 0] *= 1e3  # massive tokens and channels
+    teacher[2][..., 3] *= 30
     student = [
         t + 0.1 * torch.randn(t.shape, generator=random) * t.norm(dim=-1, keepdim=True) for t in teacher
     ]
-    plain = [
-        sum((float(a) - float(b)) ** 2 for a, b in zip(s, t, strict=True)) / sum(float(b) ** 2 for b in t)
-        for pair in zip(student, teacher, strict=True)
-        for s, t in zip(*(each.flatten(0, 1) for each in pair), strict=True)
-    ]
-    found = float(distil.block_errors(student, teacher))
-    assert found == pytest.approx(sum(plain) / len(plain), rel=1e-5)
-    student[1][0, 0] = 2 * teacher[1][0, 0]  # however large it is, it adds 1 of 30 tokens
-    changed = [*plain[:10], 1.0, *plain[11:]]
-    assert float(distil.block_errors(student, teacher)) == pytest.approx(
-        sum(changed) / len(changed), rel=1e-5
+    wanted = [plain_error(*pair) for pair in zip(student, teacher, strict=True)]
+    assert float(distil.block_errors(student, teacher)) == pytest.approx(sum(wanted) / 3, rel=1e-4)
+    small = teacher[2].clone()
+    small[..., 5] *= (
+        2  # one of the other channels twice as large: heard, though it is a thousandth of the norm
     )
+    assert float(distil.block_errors([small], [teacher[2]])) > 0.05
 
 
 def of_likeliest(teacher, student, count):
