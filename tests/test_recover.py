@@ -34,7 +34,7 @@ LITTLE = {
     "device": "cpu",
 }
 EIGHT_BITS = pytest.param(  # torchao compiles its step, and torch's compiler warns of itself
-    {"optimizer": "adamw8bit", "master": "bfloat16"},
+    {"optimizer": "adamw8bit", "master": "bfloat16", "dtype": "auto"},
     marks=pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 )
 MODES = [
