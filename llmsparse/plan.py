@@ -216,6 +216,10 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
         raise UserError(
             "--compensate adds to what the solver leaves, and --reconstruct changes that; give one of them"
         )
+    if recipe.compensate and not job.adapted:
+        raise UserError(
+            "--compensate: no pruned weight is a matrix of its own that PEFT adapts (experts are none); leave it out"
+        )
     job.tables = _tables(job)
     return job
 

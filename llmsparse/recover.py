@@ -248,7 +248,7 @@ def recompute(model: Any) -> None:
     for module in model.modules():
         for holder in (module, getattr(module, "config", None)):
             for name, value in vars(holder).items() if holder is not None else ():
-                if isinstance(value, float) and re.search("drop|pdrop", name):
+                if isinstance(value, float) and "drop" in name:
                     setattr(holder, name, 0.0)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -143,13 +143,18 @@ def test_experts_get_none_and_a_rank_is_bounded_by_the_weight(tmp_path, text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"compensate": 4, "skip": ["q_proj", "k_proj", "v_proj", "o_proj"], "family": "qwen3_moe"},
+            "no pruned weight is a",
+        ),
         ({"compensate": -1}, "--compensate -1 must be a rank"),
         ({"compensate": 4, "reconstruct": 1}, "--reconstruct changes that; give one of them"),
         ({"compensate": 4, "pattern": "width:50%"}, "--compensate goes with a pattern of weights"),
     ],
 )
 def test_what_cannot_be_compensated_is_refused(options, message, tmp_path, text):
-    dense = save_tiny("llama", tmp_path / "dense")
+    dense = save_tiny(options.get("family", "llama"), tmp_path / "dense")
+    options = {key: value for key, value in options.items() if key != "family"}
     for call in (lambda **o: plan(dense, **o), lambda **o: prune(dense, tmp_path / "out", **o)):
         with pytest.raises(UserError, match=message):
             call(calibration=text, **{**SMALL, **options})
