@@ -1,11 +1,15 @@
-"""Freed memory: kept for the next block, or given back to the system before the process grows."""
+"""Freed memory: kept for the next block or step, or given back to the system before the process grows."""
 
 import ctypes
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ALLOWANCE = 1 / 16  # how far a later block may outgrow the first one
+TRIMMED, MAPPED = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+NEVER = 2**31 - 1
+USUAL = 32 << 20  # what the second rises to by itself, once large pieces were freed
 
 
 class Heap:
@@ -38,3 +42,21 @@ def return_freed_memory() -> None:
     """Give freed memory back to the system, where glibc keeps it."""
     with suppress(OSError, AttributeError, TypeError):  # another C library: it does so by itself, or cannot
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside, glibc keeps what is freed: steps that are all alike would have the same pages cleared again and again."""
+    _thresholds(NEVER, NEVER)
+    try:
+        yield
+    finally:
+        _thresholds(USUAL, 2 * USUAL)
+        return_freed_memory()
+
+
+def _thresholds(mapped: int, trimmed: int) -> None:
+    with suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(MAPPED, mapped)
+        library.mallopt(TRIMMED, trimmed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmsparse import gridfile, recovered
+from llmsparse import gridfile, heap, recovered
 from llmsparse.apart import Text, held_apart, held_of
 from llmsparse.calibration import SELF, Calibration, calibrate, parse_sources
 from llmsparse.checkpoint import Checkpoint
@@ -141,7 +141,7 @@ class Run:
         processes.together(lambda: self._begin(writer, fingerprint, text, resume) if main else None)
         teacher = self._teacher(writer.work / NOTES, windows)
         training = self._training(extent, teacher, windows, writer.work)
-        with self.phases("train"):
+        with self.phases("train"), heap.kept():
             try:
                 course = training.run()
             except UserError:

@@ -52,7 +52,7 @@ class Recovery:
     )
     batch: int = option(4, "windows a step")
     batch_size: str = option(
-        "auto", "of them in a forward pass: a number, or auto, one on a CPU and all elsewhere"
+        "auto", "of them in a forward pass: a number, or auto, all of them; fewer take less memory and more time"
     )
     sequence_length: int = option(512, "tokens a window")
     evaluations: int = option(
@@ -124,10 +124,10 @@ class Recovery:
         """Steps of ``batch`` windows that reach ``tokens``."""
         return -(-count_of(self.tokens) // (self.batch * self.sequence_length))
 
-    def in_a_pass(self, device: str) -> int:
-        """Windows in a forward pass on a ``device`` of that type."""
-        alone = 1 if device == "cpu" else self.batch
-        return alone if self.batch_size == "auto" else int(self.batch_size)
+    @property
+    def in_a_pass(self) -> int:
+        """Windows in a forward pass."""
+        return self.batch if self.batch_size == "auto" else int(self.batch_size)
 
     @property
     def windows(self) -> int:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsparse.atomic import write_whole
-from llmsparse.distil import Divergence, likeliest, of_likeliest
-from llmsparse.eval.fidelity import kl_divergence
+from llmsparse.distil import Divergence, likeliest, of_likeliest, of_whole
 from llmsparse.eval.forward import Forward, forward_of, pieces
 from llmsparse.processes import Processes
 from llmsparse.writer import disk_errors
@@ -60,7 +59,7 @@ class Beside:
     def _divergence(self, states: Tensor, span: slice, student: Tensor) -> Tensor:
         with torch.no_grad():
             expected = self.forward.logits(states[span])
-        return kl_divergence(expected, student)
+        return of_whole(expected, student)
 
 
 @contextmanager

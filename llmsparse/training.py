@@ -120,7 +120,7 @@ class Training:
             random = torch.Generator().manual_seed(self.options.seed * 100003 + epoch)
             rows.append(int(torch.randperm(self.text.trained, generator=random)[index]))
         rows = rows[self.processes.rank :: self.processes.count]
-        size = self.options.in_a_pass(self.student.device.type)
+        size = self.options.in_a_pass
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _backward(self, rows: list[int]) -> Tensor:

@@ -52,6 +52,17 @@ def test_gradients_by_chunk_are_those_of_whole_logits(models, monkeypatch):
     assert float(alone) == pytest.approx(float(found), rel=1e-6)
 
 
+def test_its_divergence_and_gradient_are_those_of_whole_distributions_step_by_step():
+    expected, student = logits_of(5, 40, 0), logits_of(5, 40, 1).requires_grad_()
+    given = logits_of(5, 1, 2)[:, 0]  # another gradient for each token
+    found = distil.of_whole(expected, student)
+    (gradient,) = torch.autograd.grad(found, student, given)
+    plain = kl_divergence(expected, student)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain, student, given)[0])
+    assert float(distil.of_whole(expected, expected).abs().max()) == 0
+
+
 def test_another_loss_on_the_blocks_adds_its_own_gradient(models):
     student, _ = models
     ids = torch.randint(3, VOCAB, (1, 8), generator=torch.Generator().manual_seed(2))

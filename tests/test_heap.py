@@ -1,5 +1,7 @@
 """Freed memory goes back to the system when the process grows, and not after every block."""
 
+import platform
+
 import pytest
 
 from llmsparse import heap
@@ -55,3 +57,20 @@ def test_freed_memory_really_goes_back():
     heap.return_freed_memory()
     assert heap.resident_now() < held - 50_000_000
     assert len(last) == 100_000
+
+
+def test_inside_kept_large_pieces_stay_with_the_process_and_go_back_after_it():
+    def freed(size=200_000_000):
+        piece = bytearray(size)
+        piece[::4096] = b"x" * len(piece[::4096])
+        del piece
+        return heap.resident_now()
+
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library has no such setting")
+    before = freed()
+    with heap.kept():
+        inside = freed()
+    assert inside > before + 150_000_000
+    assert heap.resident_now() < before + 50_000_000
+    assert freed() < before + 50_000_000
