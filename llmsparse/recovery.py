@@ -52,7 +52,8 @@ class Recovery:
     )
     batch: int = option(4, "windows a step")
     batch_size: str = option(
-        "auto", "of them in a forward pass: a number, or auto, all of them; fewer take less memory and more time"
+        "auto",
+        "of them in a forward pass: a number, or auto, all of them; fewer take less memory and more time",
     )
     sequence_length: int = option(512, "tokens a window")
     evaluations: int = option(
