@@ -18,6 +18,8 @@ from benchmarks.prune_speed import matmul_gflops
 from llmsparse.checkpoint import Checkpoint
 from llmsparse.device import DTYPES, pick_device
 from llmsparse.eval.evaluate import evaluate
+from llmsparse.eval.models import weight_bytes
+from llmsparse.export import export
 from llmsparse.figures import with_error
 from llmsparse.gguf_checkpoint import SMOLLM2_NAME, smollm2
 from llmsparse.recover import recover
@@ -32,35 +34,36 @@ TRAINED, HELD, TEACHER = (
     4,
     2,
 )  # operations a token and parameter: one pass forward is 2, its gradients 2 each
+BEST = "alps+targets=dense+reconstruct=1"
 KEPT = rows.ROOT / "build" / "recover"
 FACTS = ("sha256", "perplexity", "standard_error", "tokens", "windows")
 
 
 def main() -> None:
-    options = _parse()
-    name, folder = models.named(options.model) if options.model else (SMOLLM2_NAME, smollm2())
-    cells = [_wanted(name, folder, pattern, tokens, options) for pattern, tokens in _cells(options)]
-    for wanted in cells if not options.show else []:
-        if find(rows.read(Path(options.results)), wanted) is None:
-            rows.append(Path(options.results), _measure(folder, wanted, options))
-    print(table(rows.read(Path(options.results)), cells, options))
+    asking = parser(__doc__)
+    asking.add_argument("--solver", default=BEST)
+    asking.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
+    asking.add_argument("--tokens", nargs="+", default=["0", "0.25M", "1M"])
+    asking.add_argument("--tasks", nargs="*", default=TASKS)
+    asking.add_argument("--show", action="store_true", help="measure nothing: print the rows that are there")
+    options = parsed(asking)
+    name, folder = source_of(options)
+    cells = [wanted(name, folder, solver, *cell, options) for solver, *cell in _cells(options)]
+    for cell in cells if not options.show else []:
+        row_of(folder, cell, options)
+    print(table(rows.read(options.results), cells, options))
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser(told: str | None) -> argparse.ArgumentParser:
+    """What every measurement of trained models asks for; ``told`` describes it."""
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a folder, or NAME=FOLDER (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--keep", default=KEPT, help="a folder where the models stay (default build/recover)")
-    parser.add_argument("--solver", default="alps+targets=dense+reconstruct=1")
-    parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
-    parser.add_argument("--tokens", nargs="+", default=["0", "0.25M", "1M"])
     parser.add_argument("--options", nargs="*", default=[], help="of recover, KEY=VALUE")
     parser.add_argument("--data", help="text to train on (default: four texts below $LLMSPARSE_DATA)")
     parser.add_argument(
         "--judged-on", nargs="+", help="texts (default: WikiText-2 and the English Web Treebank)"
     )
-    parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--limit", type=int, default=500, help="first items of each task (default 500)")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64)
@@ -69,8 +72,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="of pruning and evaluation (default float32)")
-    parser.add_argument("--show", action="store_true", help="measure nothing: print the rows that are there")
-    parser.add_argument("--results", default=rows.RESULTS / "recover.json")
+    parser.add_argument("--results", type=Path, default=rows.RESULTS / "recover.json")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, with the texts that are meant where none was named."""
     options = parser.parse_args()
     below = os.environ.get("LLMSPARSE_DATA", "")
     options.data = options.data or ",".join(f"{below}/text/{text}/calib.jsonl=0.25" for text in TEXTS)
@@ -78,14 +85,19 @@ def _parse() -> argparse.Namespace:
     return options
 
 
-def _cells(options: Any) -> list[tuple[str, str]]:
-    """(pattern, tokens): the dense model, then pattern by pattern."""
-    return [("", "0"), *((pattern, tokens) for pattern in options.patterns for tokens in options.tokens)]
+def source_of(options: Any) -> tuple[str, Path]:
+    """The dense model's name and folder."""
+    return models.named(options.model) if options.model else (SMOLLM2_NAME, smollm2())
 
 
-def _wanted(name: str, folder: Path, pattern: str, tokens: str, options: Any) -> dict[str, Any]:
+def _cells(options: Any) -> list[tuple[str, str, str]]:
+    """(solver, pattern, tokens): the dense model, then pattern by pattern."""
+    each = [(options.solver, pattern, tokens) for pattern in options.patterns for tokens in options.tokens]
+    return [("dense", "", "0"), *each]
+
+
+def wanted(name: str, folder: Path, solver: str, pattern: str, tokens: str, options: Any) -> dict[str, Any]:
     """What identifies a row."""
-    solver = options.solver if pattern else "dense"
     source = rows.calibration_text()
     trained = tokens != "0"
     return {
@@ -98,37 +110,73 @@ def _wanted(name: str, folder: Path, pattern: str, tokens: str, options: Any) ->
     }
 
 
-def find(measured: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The latest row that ``wanted`` identifies."""
-    return next((r for r in reversed(measured) if all(r.get(k) == wanted[k] for k in KEY)), None)
+def find(measured: list[dict[str, Any]], wanted: dict[str, Any], tasks: list[str]) -> dict[str, Any] | None:
+    """The latest row that ``wanted`` identifies and that has these ``tasks``."""
+    return next(
+        (
+            row
+            for row in reversed(measured)
+            if all(row.get(key) == wanted[key] for key in KEY)
+            and set(tasks) <= {task["task"] for task in row["tasks"]}
+        ),
+        None,
+    )
+
+
+def row_of(folder: Path, wanted: dict[str, Any], options: Any) -> dict[str, Any]:
+    """The row that is there, or a new one."""
+    found = find(rows.read(options.results), wanted, options.tasks)
+    if found is None:
+        found = _measure(folder, wanted, options)
+        rows.append(options.results, found)
+    return found
+
+
+def made(folder: Path, wanted: dict[str, Any], options: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder of the model that ``wanted`` identifies, made now or found below --keep; facts of its making."""
+    with models.pruned(folder, rows.calibration_text(), wanted, options) as (sparse, run):
+        facts = {key: value for key, value in run.items() if key != "tokens_sha256"}
+    if not wanted["tokens"]:
+        return sparse, facts
+    given = "".join("-" + option.replace("=", "") for option in wanted["options"])
+    place = Path(f"{sparse}-{wanted['tokens']}{given}")
+    return place, facts | _train(folder, sparse, place, wanted, options)
 
 
 def _measure(folder: Path, wanted: dict[str, Any], options: Any) -> dict[str, Any]:
-    source = rows.calibration_text()
-    with models.pruned(folder, source, wanted, options) as (sparse, run):
-        place, trained = sparse, {}
-        if wanted["tokens"]:
-            place = Path(
-                f"{sparse}-{wanted['tokens']}{''.join('-' + o.replace('=', '') for o in wanted['options'])}"
-            )
-            trained = _train(folder, sparse, place, wanted, options)
-        models.say(wanted, f"{wanted['tokens']} tokens: evaluating")
-        found = evaluate(
-            place, ",".join(options.judged_on), tasks=",".join(options.tasks) or None, limit=options.limit,
-            context=options.context, windows=options.windows, device=options.device, dtype=options.dtype,
-        )  # fmt: skip
+    place, facts = made(folder, wanted, options)
+    models.say(wanted, f"{wanted['tokens']} tokens: evaluating")
     return {
         **wanted,
+        **judged(place, options),
+        "packed_bytes": weight_bytes(Checkpoint.open(packed(place))) if wanted["pattern"] else None,
+        **facts,
+        **rows.provenance(rows.calibration_text()),
+    }
+
+
+def judged(place: Path, options: Any) -> dict[str, Any]:
+    """Perplexity and scores of the model in ``place``, as rows have them."""
+    found = evaluate(
+        place, ",".join(options.judged_on), tasks=",".join(options.tasks) or None, limit=options.limit,
+        context=options.context, windows=options.windows, device=options.device, dtype=options.dtype,
+    )  # fmt: skip
+    return {
         "context": options.context,
         "texts": [
             {"data": rows.public(data)} | {key: row[key] for key in FACTS}
             for data, row in zip(options.judged_on, found["sources"], strict=True)
         ],
         "tasks": found.get("tasks", []),
-        **{key: value for key, value in run.items() if key != "tokens_sha256"},
-        **trained,
-        **rows.provenance(source),
     }
+
+
+def packed(place: Path) -> Path:
+    """The packed folder beside ``place``, made now if it is not there."""
+    out = place.with_name(f"{place.name}-packed")
+    if not out.exists():
+        export(place, out)
+    return out
 
 
 def _train(folder: Path, sparse: Path, out: Path, wanted: dict[str, Any], options: Any) -> dict[str, Any]:
@@ -189,15 +237,18 @@ def table(measured: list[dict[str, Any]], cells: list[dict[str, Any]], options: 
         "of the matmul rate",
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    dense = find(measured, cells[0])
+    dense = find(measured, cells[0], options.tasks)
     for wanted in cells:
-        row = find(measured, wanted)
-        base = find(measured, {**wanted, "tokens": 0, "options": [], "trained_on": None})
+        row = find(measured, wanted, options.tasks)
+        base = find(measured, {**wanted, "tokens": 0, "options": [], "trained_on": None}, options.tasks)
         if row is None:
             lines.append(f"| {wanted['pattern'] or 'dense'} | {wanted['tokens']:,} | not yet measured |")
             continue
         texts = [with_error(text["perplexity"], text["standard_error"]) for text in row["texts"]]
-        tasks = [with_error(task["value"], task["standard_error"], 100) for task in row["tasks"]]
+        scored = {
+            task["task"]: with_error(task["value"], task["standard_error"], 100) for task in row["tasks"]
+        }
+        tasks = [scored[name] for name in options.tasks]
         first = [wanted["pattern"] or "dense", f"{row['tokens']:,}"]
         cells_of = [*first, *texts, _removed(dense, base, row), *tasks, *_cost(row)]
         lines.append(f"| {' | '.join(cells_of)} |")
