@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from llmsparse.errors import UserError
 from llmsparse.statistics import Statistics
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # for one that writes text or solves a large weight; NCCL's own is ten minutes
 
 
 class Processes:
@@ -27,7 +29,7 @@ class Processes:
                 raise UserError(
                     f"--device {device} would put {self.count} processes on one device; use --device auto"
                 )
-            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank = dist.get_rank() if self.count > 1 else 0
 
     @classmethod

@@ -12,10 +12,10 @@ from tests.pruned import ONE_THREAD, read_report, tensors
 from tests.tiny import save_tiny
 
 
-def launch(*arguments):
+def launch(*arguments, program=("-m", "llmsparse", "prune")):
     """The command in two processes (accelerate starts only one on a machine without GPUs, unless told so)."""
     how = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    start = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), "-m", "llmsparse", "prune"]
+    start = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), *program]
     return subprocess.run(
         [*start, *map(str, arguments)], capture_output=True, text=True, env=ONE_THREAD, check=False
     )
@@ -86,3 +86,18 @@ def test_an_error_in_two_processes_is_told_once_and_ends_both(tmp_path, text):
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and "the largest --samples" in done.stderr
     assert not (tmp_path / "two").exists()
+
+
+def test_processes_wait_for_one_that_is_busy_for_long(tmp_path):
+    script = tmp_path / "told.py"
+    script.write_text(
+        "import torch\n"
+        "from torch import distributed as dist\n"
+        "from llmsparse.processes import PATIENCE, Processes\n"
+        "processes = Processes('cpu')\n"
+        "waits = dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout\n"
+        "assert waits == PATIENCE, waits\n"
+        "processes.close()\n"
+    )
+    done = launch(program=[str(script)])
+    assert done.returncode == 0, done.stderr
