@@ -86,7 +86,9 @@ def _wanted(name: str, folder: Path, form: str, tokens: str, options: Any) -> di
 
 
 def _of_file(folder: Path, wanted: dict[str, Any], form: str, options: Any) -> dict[str, Any]:
-    """A row of the GGUF file's own tensors, put into transformers in float32."""
+    """A row of the GGUF file's own tensors, put into transformers in float32; its bytes are without the vocabulary's."""
+    import gguf
+
     file, place = _gguf(folder, form, options), Path(options.keep, f"{folder.name}-{form}-read")
     if not place.exists():
         checkpoint = Checkpoint.open(folder)
@@ -94,7 +96,7 @@ def _of_file(folder: Path, wanted: dict[str, Any], form: str, options: Any) -> d
         gguf_check.fill(model, checkpoint, file)
         checkpoint.tokenizer().save_pretrained(place)
         model.save_pretrained(place)
-    size = {"packed_bytes": file.stat().st_size}
+    size = {"packed_bytes": sum(tensor.n_bytes for tensor in gguf.GGUFReader(file).tensors)}
     row = {**wanted, **recover.judged(place, options), **size, **rows.provenance()}
     rows.append(options.results, row)
     return row

@@ -26,7 +26,9 @@ from llmsparse.recover import recover
 from llmsparse.recovery import Recovery, count_of
 from llmsparse.skeleton import Skeleton
 
-KEY = (*models.IDENTITY, "tokens", "options", "trained_on", "limit", "device")
+KEY = (
+    *models.IDENTITY, "tokens", "options", "trained_on", "judged_on", "context", "windows_asked", "limit", "device", "dtype"
+)  # fmt: skip
 TEXTS = ("c4", "c4_exl3", "wikipedia", "iot_docs")  # below text/ of $LLMSPARSE_DATA, in equal parts
 TASKS = ["lambada_openai", "arc_easy", "hellaswag", "winogrande", "copa"]
 TRAINED, HELD, TEACHER = (
@@ -105,8 +107,12 @@ def wanted(name: str, folder: Path, solver: str, pattern: str, tokens: str, opti
         "tokens": count_of(tokens) if trained else 0,
         "options": sorted(options.options) if trained else [],
         "trained_on": rows.public(options.data) if trained else None,
+        "judged_on": list(map(rows.public, options.judged_on)),
+        "context": options.context,
+        "windows_asked": options.windows,
         "limit": options.limit,
         "device": pick_device(options.device).type,
+        "dtype": options.dtype,
     }
 
 
@@ -162,7 +168,6 @@ def judged(place: Path, options: Any) -> dict[str, Any]:
         context=options.context, windows=options.windows, device=options.device, dtype=options.dtype,
     )  # fmt: skip
     return {
-        "context": options.context,
         "texts": [
             {"data": rows.public(data)} | {key: row[key] for key in FACTS}
             for data, row in zip(options.judged_on, found["sources"], strict=True)
@@ -181,25 +186,25 @@ def packed(place: Path) -> Path:
 
 def _train(folder: Path, sparse: Path, out: Path, wanted: dict[str, Any], options: Any) -> dict[str, Any]:
     """Recover ``sparse`` into ``out``, or go on; the course, and the share of the machine's products that it reached."""
-    given = dict(option.split("=", 1) for option in wanted["options"])
-    kinds = {name: type(value) for name, value in Recovery().as_dict().items()}
-    asked = {
-        key: kinds[key](value) if kinds[key] is not type(None) else value for key, value in given.items()
-    }
+    given = {key: _typed(key, value) for key, value in (o.split("=", 1) for o in wanted["options"])}
+    asked = Recovery.of({
+        "teacher": str(folder), "data": options.data, "tokens": str(wanted["tokens"]), "device": options.device,
+        "seed": options.seed, **given,
+    })  # fmt: skip
     models.say(wanted, f"{wanted['tokens']} tokens: training")
     if (out / "report.json").exists():
         report = json.loads((out / "report.json").read_text())
+        kept, same = report["recovery"]["options"], asked.as_dict().keys() - {"device", "dtype"}
+        if any(kept[key] != getattr(asked, key) for key in same):
+            raise SystemExit(f"error: {out} was trained otherwise; name another --keep, or remove it")
     else:
-        report = recover(
-            sparse, out, teacher=str(folder), data=options.data, tokens=str(wanted["tokens"]), device=options.device,
-            seed=options.seed, resume=True, **asked,
-        )  # fmt: skip
+        report = recover(sparse, out, resume=True, **asked.as_dict())
     found = report["recovery"]
     gflops = matmul_gflops(found["options"]["device"], dtype=DTYPES[found["options"]["dtype"]])
-    seconds = found["curve"][-1]["seconds"]
+    tokens, seconds = (found["curve"][-1][key] for key in ("tokens", "seconds"))
     teacher = 0 if found["options"]["top_k"] else TEACHER * sum(products(folder))
     trained, held = products(sparse)
-    work = (TRAINED * trained + HELD * held + teacher) * found["tokens"]
+    work = (TRAINED * trained + HELD * held + teacher) * tokens
     return {
         "kl": found["kl"],
         "curve": found["curve"],
@@ -207,13 +212,20 @@ def _train(folder: Path, sparse: Path, out: Path, wanted: dict[str, Any], option
         "trained_windows": found["windows"],
         "trained_dtype": found["options"]["dtype"],
         "train_seconds": seconds,
-        "trained_tokens_per_second": found["tokens"] / seconds,
+        "trained_tokens_per_second": tokens / seconds if seconds else None,
         "train_peak_memory": max(found["peak_memory"].values()),
         "matmul_gflops": gflops,
-        "fraction_of_matmul_rate": work / seconds / 1e9 / gflops,
+        "fraction_of_matmul_rate": work / seconds / 1e9 / gflops if seconds else None,
         "text_sha256": found["tokens_sha256"],
         "diverged": found["diverged"],
     }
+
+
+def _typed(option: str, value: str) -> Any:
+    default = getattr(Recovery(), option)
+    if isinstance(default, bool):
+        return {"true": True, "false": False}[value.lower()]
+    return value if default is None else type(default)(value)
 
 
 def products(folder: Path) -> tuple[int, int]:
@@ -265,7 +277,7 @@ def _removed(dense: dict[str, Any] | None, base: dict[str, Any] | None, row: dic
 
 
 def _cost(row: dict[str, Any]) -> list[str]:
-    if not row["tokens"]:
+    if not row.get("train_seconds"):
         return ["", "", ""]
     rate = row["trained_tokens_per_second"]
     return [f"{row['train_seconds']:.0f}", f"{rate:.0f}", f"{row['fraction_of_matmul_rate']:.0%}"]

@@ -27,6 +27,12 @@ class Calibration(NamedTuple):
     sha256: str  # of the token ids: int32, little endian, row-major
     sources: list[dict[str, Any]]  # source, weight, tokens, and of a text documents, sha256
 
+    @property
+    def source_of(self) -> list[int]:
+        """For each window the place of its source."""
+        counts = shares([row["weight"] for row in self.sources], len(self.windows))
+        return [source for source, _ in interleave(counts)]
+
 
 class Taken(NamedTuple):
     """The tokens taken from one source."""

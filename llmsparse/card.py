@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse.card_metadata import kinds, made_by_us, metadata
-from llmsparse.command import command_of, command_of_recovery
+from llmsparse.command import command_of, commands_of_recovery, pruned_of, recoveries
 from llmsparse.figures import byte_size, count, percent, plain, with_error
 from llmsparse.local_paths import without_local_paths
 from llmsparse.publication import CARD, Publication, collect
@@ -183,11 +183,13 @@ def _made(run: Run) -> str:
         parts.append(
             f"Calibration: {size} of `{source}` ({_licence(source)}); sha256 of the tokens `{text.get('tokens_sha256')}`."
         )
-    if found := run.recovery:
-        parts += _recovered(report, found)
+    for command, (found, _) in zip(commands_of_recovery(report), recoveries(report), strict=True):
+        parts += _recovered(command, found)
     hashes = [f"`{name}` {value}" for name, value in (report.get("source_files") or {}).items()]
     if hashes:
-        parts.append(f"The dense model's files, by sha256: {', '.join(hashes)}.")
+        whose = pruned_of(report)
+        files = "The dense model's files" if whose == report.get("model") else f"The files of `{whose}`"
+        parts.append(f"{files}, by sha256: {', '.join(hashes)}.")
     versions = ", ".join(f"{name} {found}" for name, found in (report.get("versions") or {}).items())
     return "\n\n".join([*parts, f"Versions: {versions}." if versions else ""]).strip()
 
@@ -197,8 +199,8 @@ def _licence(source: str) -> str:
     return f"its licence: {licence}" if licence else "its licence is its source's"
 
 
-def _recovered(report: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
-    yield f"```console\n{shlex.join(command_of_recovery(report))}\n```"
+def _recovered(command: list[str], found: dict[str, Any]) -> Iterator[str]:
+    yield f"```console\n{shlex.join(command)}\n```"
     data, kl, windows = found["options"]["data"], found["kl"], found["windows"]
     over = (
         f" over its {few} likeliest tokens and all others as one"

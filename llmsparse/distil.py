@@ -47,12 +47,15 @@ def forward(student: Forward, states: Tensor, divergence: Divergence) -> Tensor:
 
 
 def block_errors(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """The mean over blocks of the relative errors of outputs (..., hidden): no token and no channel outweighs the rest.
+    """The mean over blocks of the relative errors of outputs (windows, tokens, hidden).
 
+    In a window no token and no channel outweighs the rest; so it does not matter which windows share a pass.
     SquareHead (Kurtic et al., arXiv 2310.06927) divides by the whole layer's norm, which a few tokens make up.
     """
     errors = [
-        relative_error(s.float(), t.float(), weights(parts(t))) for s, t in zip(student, teacher, strict=True)
+        relative_error(output, aim, weights(parts(aim)))
+        for block, wanted in zip(student, teacher, strict=True)
+        for output, aim in zip(block.float(), wanted.float(), strict=True)
     ]
     return torch.stack(errors).mean()
 
@@ -67,7 +70,7 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, expected: Tensor, student: Tensor) -> Tensor:
         wanted, found = expected.log_softmax(-1), student.log_softmax(-1)
         share = wanted.exp()
-        lost = torch.linalg.vecdot(share, wanted.sub_(found))
+        lost = (share * wanted.sub_(found)).sum(-1)  # no product that autocast would round
         if student.requires_grad:
             ctx.save_for_backward(found.exp_().sub_(share))
         return lost

@@ -68,7 +68,8 @@ def extent_of(skeleton: Skeleton, options: Recovery, report: dict[str, Any], sma
     fifth must be zero: fewer are what rounding made.
 
     Raises:
-        UserError: nothing is pruned, quantised or smaller; splicing of a mask that is not of the weight's pattern.
+        UserError: nothing is pruned, quantised or smaller; splicing where nothing is pruned, or of a mask that is not of
+            the weight's pattern.
     """
     rows = {row["name"]: row for row in report.get("weights") or ()}
     kept: dict[str, Tensor] = {}
@@ -88,6 +89,10 @@ def extent_of(skeleton: Skeleton, options: Recovery, report: dict[str, Any], sma
         )
     patterns = {}
     if options.masks == "splice":
+        if not kept:
+            raise UserError(
+                f"--masks splice: {skeleton.checkpoint.folder} has no pruned weight; use --masks fixed"
+            )
         asked = {name: (rows.get(name) or {}).get("pattern") for name in kept}
         patterns = {name: counted(name, mask, asked[name]) for name, mask in kept.items()}
     return Extent(skeleton, weights, kept, patterns, grids, _tables(skeleton, weights, options, codes), codes)

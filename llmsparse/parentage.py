@@ -57,18 +57,28 @@ def kept_blocks(dense: Skeleton, smaller: list[dict[str, Any]]) -> list[int]:
     return kept
 
 
-def check_parent(student: Skeleton, teacher: Skeleton, smaller: list[dict[str, Any]]) -> None:
-    """Refuse a student that was not made of this teacher."""
+def between(student: Skeleton, teacher: Skeleton, smaller: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of ``smaller`` lies between the two: nothing where all of their weights have the same shapes.
+
+    Raises:
+        UserError: the student cannot have been made of this teacher.
+    """
     shapes = [{w.name: (w.out_features, w.in_features) for w in each.weights} for each in (student, teacher)]
     differ = [n for n in {**shapes[1], **shapes[0]} if shapes[0].get(n) != shapes[1].get(n)]
+    if not differ:
+        return []
+    widths = [each.config.get_text_config().hidden_size for each in (student, teacher)]
     wrong = None
-    if differ and not smaller:
+    if not smaller:
         mine, its = (
             "absent" if s.get(differ[0]) is None else "x".join(map(str, s[differ[0]])) for s in shapes
         )
         wrong = f"{differ[0]} is {mine} in the first and {its} in the second"
-    elif smaller and len(kept_blocks(teacher, smaller)) != len(student.blocks):
+    elif len(kept_blocks(teacher, smaller)) != len(student.blocks):
         wrong = f"it has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}"
+    elif widths[0] != widths[1]:
+        wrong = f"its hidden states have {widths[0]} channels, the teacher's {widths[1]}"
     if wrong:
         folders = f"{student.checkpoint.folder} was not made of --teacher {teacher.checkpoint.folder}"
         raise UserError(f"{folders}: {wrong}; give the dense model that was pruned")
+    return smaller

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llmsparse.eval.models import check_same_vocabulary, load_model
 from llmsparse.extent import Extent, extent_of
 from llmsparse.extras import Extra, require
 from llmsparse.grid import Grid
-from llmsparse.parentage import Ancestry, ancestry, check_parent, kept_blocks
+from llmsparse.parentage import Ancestry, ancestry, between, kept_blocks
 from llmsparse.plan import check_length
 from llmsparse.processes import Processes
 from llmsparse.progress import Quiet
@@ -30,8 +30,8 @@ from llmsparse.sampling import Sampler, Sampling
 from llmsparse.skeleton import Skeleton
 from llmsparse.student import MASTERS, Student
 from llmsparse.teacher import Beside, Teacher, Written
-from llmsparse.training import Setting, Training
-from llmsparse.writer import Writer
+from llmsparse.training import NotFinite, Setting, Training
+from llmsparse.writer import Writer, disk_errors
 
 TORCHAO = Extra("train", {"torchao": "0.18"})
 WRITTEN = 32  # windows that a teacher writes at once
@@ -74,6 +74,9 @@ class Run:
     processes: Processes
     phases: Phases
     progress: Any
+    between: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what made the student smaller than the teacher
 
     @classmethod
     def prepare(cls, name: str, options: Recovery, progress: Any) -> "Run":
@@ -110,7 +113,7 @@ class Run:
             Phases(device, progress.now),
             progress,
         )
-        check_parent(run.skeleton, run.dense, found.smaller)
+        run.between = between(run.skeleton, run.dense, found.smaller)
         return run
 
     @cached_property
@@ -123,30 +126,30 @@ class Run:
 
     def go(self, out: str | Path, resume: bool, overwrite: bool) -> dict[str, Any]:
         """Read the text, train, and write."""
-        before = Writer(self.sparse, out, overwrite)
-        before.refuse_interrupted(resume)
+        Writer(self.sparse, out, overwrite).refuse_interrupted(resume)
+        Writer.check_target(out, overwrite, self.teacher.folder)
         processes, main = self.processes, self.processes.is_main
-        kept = before.work / TEXT
+        with self.phases("read"):
+            extent = extent_of(self.skeleton, self.options, self.ancestry.report, bool(self.between))
+        writer = Writer(self.sparse, out, overwrite, gridfile.beside(extent.quantised()))
+        recovered.check_room(writer, extent, self.options)
+        kept = writer.work / TEXT
         with self.phases("text"):
             text = processes.first(processes.together(lambda: self._text(kept, resume) if main else None))
         with self.phases("hash"):
             fingerprint = processes.first(
                 processes.together(lambda: self._fingerprint(text) if main else None)
             )
-        with self.phases("read"):
-            extent = extent_of(self.skeleton, self.options, self.ancestry.report, bool(self.ancestry.smaller))
-        windows = held_apart(text.windows)
-        recovered.check_room(before.work, extent, self.options, windows)
-        writer = Writer(self.sparse, out, overwrite, gridfile.beside(extent.quantised()))
+        windows = held_apart(text.windows, text.source_of)
         processes.together(lambda: self._begin(writer, fingerprint, text, resume) if main else None)
         teacher = self._teacher(writer.work / NOTES, windows)
         training = self._training(extent, teacher, windows, writer.work)
         with self.phases("train"), heap.kept():
             try:
                 course = training.run()
-            except UserError:
-                if main and not training.course.step:
-                    shutil.rmtree(writer.work)  # nothing was done that could go on
+            except NotFinite:
+                if main:
+                    shutil.rmtree(writer.work)  # it would not be otherwise the next time
                 raise
         with self.phases("write"):
             report = recovered.report_of(self, writer, fingerprint, text, windows, course)
@@ -177,8 +180,11 @@ class Run:
 
     def _begin(self, writer: Writer, fingerprint: dict[str, Any], text: Calibration, resume: bool) -> None:
         writer.begin(fingerprint, resume)
-        if SELF in parse_sources(self.options.data):
-            torch.save(text._asdict(), writer.work / TEXT)
+        kept = writer.work / TEXT
+        if SELF in parse_sources(self.options.data) and not kept.exists():
+            with disk_errors(kept):
+                torch.save(text._asdict(), new := kept.with_suffix(".new"))
+                new.rename(kept)
 
     def _fingerprint(self, text: Calibration) -> dict[str, Any]:
         options = {key: value for key, value in self.options.as_dict().items() if key not in FREE}
@@ -203,7 +209,7 @@ class Run:
             if not self.options.top_k:
                 loaded = model()
                 blocks = loaded.get_submodule(self.dense.block_path)
-                wanted = kept_blocks(self.dense, self.ancestry.smaller) if self.options.hidden else []
+                wanted = kept_blocks(self.dense, self.between) if self.options.hidden else []
                 return Beside(loaded, text.windows, [blocks[i] for i in wanted])
             count = min(self.options.top_k, self.skeleton.config.get_text_config().vocab_size)
             written = Written(notes, text.windows, count, self.device, self.processes)

@@ -1,12 +1,12 @@
 """What a recovery leaves: the best weights in OUT, and a report that tells how they came about."""
 
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsparse import gridfile
-from llmsparse.apart import Text
+from llmsparse.apart import Text, held_of
 from llmsparse.calibration import Calibration
+from llmsparse.command import pruned_of, recoveries
 from llmsparse.course import Course
 from llmsparse.errors import UserError
 from llmsparse.extent import TABLES, Extent
@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from llmsparse.recover import Run
 
 GONE = ("error_from", "error_left", "block_error")  # of a row of SPARSE's report: no longer so
+GB = 1e9
 NOTED = 6  # bytes of a likeliest token
 
 
-def check_room(work: Path, extent: Extent, options: Recovery, text: Text) -> None:
-    """Refuse a disk that does not hold what a run can go on from, each file twice while it is replaced."""
+def check_room(writer: Writer, extent: Extent, options: Recovery) -> None:
+    """Refuse a disk that does not hold OUT and what a run can go on from, each file twice while it is replaced.
+
+    What an interrupted run left is room that is taken already.
+    """
     numbers = sum(w.out_features * w.in_features for w in extent.weights)
     state = 0 if options.train == "lora" else 12 * numbers
-    needed = 2 * (4 * numbers + state) + NOTED * options.top_k * text.windows.numel()
-    parent = next(p for p in work.parents if p.exists())
+    notes = NOTED * options.top_k * (options.windows + held_of(options.windows)) * options.sequence_length
+    needed = writer.bytes + 2 * (4 * numbers + state) + notes
+    needed -= sum(file.stat().st_size for file in writer.work.rglob("*") if file.is_file())
+    parent = next(p for p in writer.work.parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"the disk is too full to keep a run's state: {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {parent}; "
-            "make room, or choose another OUT"
+            f"the disk is too full for {writer.out} and a run's state: {needed / GB:.2f} GB, {free / GB:.2f} GB are free "
+            f"in {parent}; make room, or choose another OUT"
         )
 
 
@@ -61,10 +67,15 @@ def report_of(
     if course.diverged:
         warnings.append(f"{course.diverged}; training stopped there, use a smaller --lr than {options.lr:g}")
     if not course.best_step:
-        warnings.append("no step was better on the held-out text than none: the weights are those of SPARSE")
+        rounded = f", rounded to {options.values}" if options.values else ""
+        warnings.append(
+            f"no step was better on the held-out text than none: the weights are those of SPARSE{rounded}"
+        )
     tokens = course.step * options.batch * options.sequence_length
     recovery = {
         "sparse": run.name,
+        "pruned": pruned_of(run.ancestry.report),
+        "earlier": [{**found, "earlier": []} for found, _ in recoveries(run.ancestry.report)],
         "commit": run.sparse.commit,
         "teacher": options.teacher,
         "options": {**options.as_dict(), **{k: fingerprint[k] for k in ("device", "dtype", "processes")}},

@@ -107,6 +107,11 @@ class Recovery:
         if self.master == "bfloat16" and self.optimizer != "adamw8bit":
             raise UserError("--master bfloat16 goes with --optimizer adamw8bit, which rounds stochastically")
         count_of(self.tokens)
+        if self.masks == "splice" and self.splice_last <= self.splice_every:
+            raise UserError(
+                f"--masks splice: {self.steps} steps choose no mask again before they stay after {self.splice_last}; "
+                "use more --tokens, or a smaller --splice-every or --batch"
+            )
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Recovery":
@@ -124,6 +129,11 @@ class Recovery:
     def steps(self) -> int:
         """Steps of ``batch`` windows that reach ``tokens``."""
         return -(-count_of(self.tokens) // (self.batch * self.sequence_length))
+
+    @property
+    def splice_last(self) -> int:
+        """The last step before which masks may be chosen again."""
+        return max(1, round(self.splice_until * self.steps))
 
     @property
     def in_a_pass(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from llmsparse import panels
 from llmsparse.blocks import Block, Cell, Facts, Figures, Note, Sample, Samples, Section, Table
-from llmsparse.command import command_of, command_of_recovery
+from llmsparse.command import command_of, commands_of_recovery, pruned_of, recoveries
 from llmsparse.figures import byte_size, count, duration, percent, plain, with_error
 from llmsparse.measures import Key, Measure, change, labels, measures, same_data, source_name, with_dense
 from llmsparse.plots import Look, looks
@@ -319,9 +319,11 @@ def _reproduce(view: View) -> Section:
 def _facts(run: Run) -> Iterator[Facts]:
     if run.report is not None and (run.options or not run.recovery):
         yield Facts(f"{run.name}: pruning", _pruning(run.report), shlex.join(command_of(run.report)))
-    if run.report is not None and run.recovery:
-        command = shlex.join(command_of_recovery(run.report))
-        yield Facts(f"{run.name}: recovery", _recovering(run.recovery), command)
+    report = run.report or {}
+    each = list(zip(commands_of_recovery(report), recoveries(report), strict=True))
+    for i, (command, (found, _)) in enumerate(each, 1):
+        number = f" {i}" if len(each) > 1 else ""
+        yield Facts(f"{run.name}: recovery{number}", _recovering(found), shlex.join(command))
     for i, found in enumerate(run.evals, 1):
         number = f" {i}" if len(run.evals) > 1 else ""
         yield Facts(f"{run.name}: evaluation{number}", _evaluation(found))
@@ -329,7 +331,7 @@ def _facts(run: Run) -> Iterator[Facts]:
 
 def _pruning(report: Row) -> list[tuple[str, str]]:
     calibration = report.get("calibration") or {}
-    rows = [("model", str(report.get("model")))]
+    rows = [("model", str(pruned_of(report)))]
     rows += [("made smaller", summary(section)) for section in report.get("smaller") or ()]
     rows += [(f"sha256 of {name}", str(value)) for name, value in (report.get("source_files") or {}).items()]
     if calibration:

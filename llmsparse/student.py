@@ -197,7 +197,8 @@ class Student:
         )
         if weight.name in self.extent.kept or codes:
             shape = [weight.out_features, weight.in_features]
-            row |= {"name": weight.name, "shape": shape, "sparsity": float((stored == 0).float().mean())}
+            sparsity = 0.0 if mask is None else float((~mask).float().mean())  # not what rounding made
+            row |= {"name": weight.name, "shape": shape, "sparsity": sparsity}
         return row, codes
 
     @torch.no_grad()

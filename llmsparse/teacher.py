@@ -68,8 +68,7 @@ def outputs_of(blocks: list[nn.Module]) -> Iterator[dict[int, Tensor]]:
     found: dict[int, Tensor] = {}
 
     def note(place: int, module: nn.Module, given: Any, output: Any) -> None:
-        if place not in found:  # a block that is computed again for its gradient says the same
-            found[place] = output if isinstance(output, Tensor) else output[0]
+        found[place] = output if isinstance(output, Tensor) else output[0]
 
     hooks = [block.register_forward_hook(partial(note, place)) for place, block in enumerate(blocks)]
     try:

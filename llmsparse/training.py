@@ -31,6 +31,10 @@ LOST = 2.0  # times the divergence before: a held-out one beyond it ends the run
 STATE, BEST = "state.pt", "best.pt"
 
 
+class NotFinite(UserError):
+    """The divergence before the first step is none."""
+
+
 class Setting(NamedTuple):
     """Where a run takes place: the dtype of its matrix products, its processes, a folder for its state, what it tells."""
 
@@ -103,10 +107,9 @@ class Training:
 
     def _choose_masks(self, step: int) -> None:
         options = self.options
-        last = max(1, round(options.splice_until * options.steps))
         if not self.student.spliced:
             return
-        if step > last:
+        if step > options.splice_last:
             self.student.fix()
         elif (step - 1) % options.splice_every == 0 and step > 1:
             self.student.splice()
@@ -164,7 +167,7 @@ class Training:
         """The divergence on the held-out text; the state is kept, and the weights if they are the best.
 
         Raises:
-            UserError: it is not finite before the first step.
+            NotFinite: it is not finite before the first step.
         """
         course, lost = self.course, torch.zeros((), device=self.student.device)
         held = range(self.text.trained, len(self.text.windows))
@@ -184,7 +187,7 @@ class Training:
         if not course.step:
             course.before = found
             if not math.isfinite(found):
-                raise UserError(
+                raise NotFinite(
                     "the divergence of SPARSE from its teacher is not finite; use --dtype float32, or see whether "
                     "`llmsparse eval` finds one of the two broken"
                 )

@@ -138,10 +138,15 @@ class Writer:
         whole.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         os.replace(whole, self.journal)
 
-    def _check_space(self) -> None:
-        needed = sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
+    @property
+    def bytes(self) -> int:
+        """Of all tensors that OUT gets."""
         own = [described for tensors, _ in self.beside.values() for described in tensors.values()]
-        needed += sum(dtype.itemsize * math.prod(shape) for dtype, shape in own)
+        beside = sum(dtype.itemsize * math.prod(shape) for dtype, shape in own)
+        return beside + sum(self.checkpoint.bytes(name) for name in self.checkpoint.names())
+
+    def _check_space(self) -> None:
+        needed = self.bytes
         parent = next(p for p in self.work.parents if p.exists())
         free = shutil.disk_usage(parent).free
         if free < needed:

@@ -1,7 +1,10 @@
 """Recovery: against a plain training loop, in every mode, and continued after it was cut off."""
 
+import errno
+import gc
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -312,15 +315,46 @@ def test_what_the_teacher_wrote_and_said_is_not_asked_for_again(pair, tmp_path, 
     }
 
 
+def test_a_disk_that_is_full_at_the_first_look_keeps_what_the_teacher_wrote(pair, tmp_path, monkeypatch):
+    _, sparse = pair
+    options = {"data": "self", "top_k": 8, **LITTLE}
+    real = torch.save
+
+    def full(state, file):
+        if "values" in state:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match="the disk is full; make room .* --resume"):
+            recover(sparse, tmp_path / "out", **options)
+    monkeypatch.setattr(recovering, "load_model", lambda *_: pytest.fail("the teacher was loaded again"))
+    monkeypatch.setattr(Sampler, "__call__", lambda *_: pytest.fail("the text was written again"))
+    assert recover(sparse, tmp_path / "out", resume=True, **options)["recovery"]["steps"]
+
+
 def test_only_one_of_two_models_is_in_memory_where_the_teacher_is_written_down(
     pair, tmp_path, text, monkeypatch
 ):
     _, sparse = pair
-    order, load, build = [], recovering.load_model, recovering.Student
-    monkeypatch.setattr(recovering, "load_model", lambda *a: order.append("teacher") or load(*a))
-    monkeypatch.setattr(recovering, "Student", lambda *a: order.append("student") or build(*a))
-    recover(sparse, tmp_path / "out", data=text, top_k=8, **LITTLE)
-    assert order == ["teacher", "student"]
+    teachers, alive, load, build = [], [], recovering.load_model, recovering.Student
+
+    def loaded(*given):
+        model = load(*given)
+        teachers.append(weakref.ref(model))
+        return model
+
+    def student(*given):
+        gc.collect()
+        alive.append([each() is not None for each in teachers])
+        return build(*given)
+
+    monkeypatch.setattr(recovering, "load_model", loaded)
+    monkeypatch.setattr(recovering, "Student", student)
+    for top_k, wanted in ((8, False), (0, True)):
+        recover(sparse, tmp_path / f"out{top_k}", data=text, top_k=top_k, **LITTLE)
+        assert alive.pop() == [*[False] * (len(teachers) - 1), wanted]
 
 
 def test_a_broken_model_is_refused_and_nothing_is_left(pair, tmp_path, text):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,10 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmsparse import recovered
 from llmsparse.errors import UserError
 from llmsparse.prune import prune
+from llmsparse.quantize import quantize
 from llmsparse.recover import recover
-from tests.pruned import ONE_THREAD, hashes, tensors
+from llmsparse.sampling import Sampler
+from llmsparse.training import Training
+from tests.pruned import ONE_THREAD, SMALL, hashes, tensors
 from tests.tiny import save_tiny
 
 LITTLE = {"tokens": "1k", "sequence_length": 32, "device": "cpu"}
@@ -45,6 +50,11 @@ ERRORS = {
     "train": (lambda s: s, {"train": "all"}, "--train all is unknown; use linears, linears.norms, lora"),
     "masks": (lambda s: s, {"masks": "free"}, "--masks free is unknown; use fixed, splice"),
     "lora_splice": (lambda s: s, {"masks": "splice", "train": "lora"}, "give one of them"),
+    "never_spliced": (
+        lambda s: s,
+        {"masks": "splice"},
+        "8 steps choose no mask again before they stay after 4; use more --tokens, or a smaller",
+    ),
     "hidden_top_k": (lambda s: s, {"hidden": 1.0, "top_k": 8}, "--hidden needs the teacher's blocks"),
     "until": (lambda s: s, {"splice_until": 2.0}, "--splice-until 2.0 must be a share"),
     "master": (lambda s: s, {"master": "bfloat16"}, "goes with --optimizer adamw8bit"),
@@ -126,6 +136,10 @@ def test_a_packed_model_is_refused(sparse, tmp_path, text):
 def test_the_source_and_what_lies_in_out_are_not_overwritten(sparse, tmp_path, text):
     with pytest.raises(UserError, match="is the source checkpoint"):
         recover(sparse, sparse, data=text, **LITTLE)
+    dense = hashes(tmp_path / "dense")
+    with pytest.raises(UserError, match="dense is the source checkpoint"):
+        recover(sparse, tmp_path / "dense", data=text, overwrite=True, **LITTLE)
+    assert hashes(tmp_path / "dense") == dense
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -197,3 +211,48 @@ def test_two_processes_train_what_one_does(sparse, tmp_path, text):
         assert torch.equal(value == 0, two[name] == 0) and torch.equal(value == 0, noted[name] == 0)
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-4)
         torch.testing.assert_close(noted[name], value, rtol=0.05, atol=5e-3)
+
+
+def test_nothing_is_spliced_where_nothing_is_pruned(sparse, tmp_path, text):
+    given = {"calibration": text, **SMALL}
+    quantize(tmp_path / "dense", tmp_path / "coarse", values="int8", **given)
+    with pytest.raises(UserError, match="--masks splice: .*coarse has no pruned weight; use --masks fixed"):
+        recover(tmp_path / "coarse", tmp_path / "out", data=text, masks="splice", splice_every=1, **LITTLE)
+
+
+def test_a_disk_that_holds_out_but_no_state_is_refused_before_the_teacher_writes(
+    sparse, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Sampler, "__call__", lambda *_: pytest.fail("the teacher wrote"))
+    size, used = (tmp_path / "sparse" / "model.safetensors").stat().st_size, shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=2 * size))
+    with pytest.raises(UserError, match="too full for .*out and a run's state"):
+        recover(sparse, tmp_path / "out", data="self", **LITTLE)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_an_interrupted_run_left_is_not_asked_of_the_disk_again(sparse, tmp_path, text, monkeypatch):
+    def cut(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            recover(sparse, tmp_path / "out", data=text, **LITTLE)
+    left = sum(f.stat().st_size for f in (tmp_path / ".out.llmsparse-work").iterdir())
+    used, needed = shutil.disk_usage(tmp_path), []
+    real = recovered.check_room
+
+    def told(*given):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=0))
+        with pytest.raises(UserError, match=r": ([\d.]+) GB") as error:
+            real(*given)
+        needed.append(float(re.search(r"state: ([\d.]+) GB", str(error.value))[1]))
+        raise error.value
+
+    monkeypatch.setattr(recovered, "check_room", told)
+    monkeypatch.setattr(recovered, "GB", 1.0)
+    for out, resume in (("out", True), ("other", False)):
+        with pytest.raises(UserError):
+            recover(sparse, tmp_path / out, data=text, resume=resume, **LITTLE)
+    assert needed[1] - needed[0] == left

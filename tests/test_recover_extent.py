@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmsparse.errors import UserError
 from llmsparse.extent import counted
@@ -111,6 +111,20 @@ def test_weights_that_have_no_codes_get_none(tmp_path, text):
     )
 
 
+def test_zeros_that_rounding_made_are_no_mask_in_the_next_run(tmp_path, text):
+    dense = save_tiny("llama", tmp_path / "dense")
+    prune(dense, tmp_path / "sparse", pattern="2:4", solver="magnitude", skip=["down_proj"])
+    report = recover(tmp_path / "sparse", tmp_path / "out", data=text, values="int4:32", **LITTLE)
+    sparsity = {row["name"]: row["sparsity"] for row in report["weights"]}
+    assert {share for name, share in sparsity.items() if "down_proj" in name} == {0.0}
+    assert {share for name, share in sparsity.items() if "down_proj" not in name} == {0.5}
+    recover(tmp_path / "out", tmp_path / "again", data=text, **LITTLE)
+    before, after = blocks_of(tmp_path / "out"), blocks_of(tmp_path / "again")
+    for name, weight in before.items():
+        came = bool((after[name][weight == 0] != 0).any())
+        assert came == ("down_proj" in name) and bool((weight == 0).any())
+
+
 def test_a_dense_model_with_codes_is_trained_on_its_grid(tmp_path, text):
     dense = save_tiny("llama", tmp_path / "dense")
     quantize(dense, tmp_path / "coarse", values="int4:32", calibration=text, **SMALL)
@@ -167,6 +181,15 @@ def test_the_teacher_is_the_first_model_of_a_chain_of_runs(tmp_path, text):
         assert report["recovery"]["kl"]["after"] < report["recovery"]["kl"]["before"]
     again = recover(tmp_path / "coarse-out", tmp_path / "again", data=text, **LITTLE)
     assert again["recovery"]["teacher"] == str(dense)
+    short = str(tmp_path / "short")  # as many blocks: none was dropped between the two
+    beside = recover(tmp_path / "sparse", tmp_path / "beside", data=text, teacher=short, hidden=0.1, **LITTLE)
+    assert beside["recovery"]["kl"]["after"] < beside["recovery"]["kl"]["before"]
+    wide = AutoModelForCausalLM.from_pretrained(dense).config
+    wide.hidden_size, wide.head_dim = 64, 16
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match="hidden states have 32 channels, the teacher's 64"):
+        recover(tmp_path / "sparse", tmp_path / "no", data=text, teacher=str(tmp_path / "wide"), **LITTLE)
 
 
 def test_a_report_that_names_its_own_folder_leads_nowhere(tmp_path, text):
