@@ -212,6 +212,11 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
         raise UserError(
             f"solver {recipe.solver} uses no calibration data, which --reconstruct and --targets dense need; take another"
         )
+    if job.follows_dense and not (job.crosses or job.reconstruction):
+        raise UserError(
+            f"solver {recipe.solver} knows norms of its inputs alone, which --targets dense cannot aim; take one with a Gram "
+            "matrix (alps, sparsegpt, refit:...), or add --reconstruct"
+        )
     if recipe.compensate and job.reconstruction:
         raise UserError(
             "--compensate adds to what the solver leaves, and --reconstruct changes that; give one of them"

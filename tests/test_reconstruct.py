@@ -297,6 +297,7 @@ def _each_alone(source, folder, text):
     [
         ({"solver": "magnitude", "reconstruct": 1}, "magnitude uses no calibration data"),
         ({"solver": "magnitude", "targets": "dense"}, "magnitude uses no calibration data"),
+        ({"solver": "wanda", "targets": "dense"}, "wanda knows norms of its inputs alone, which --targets"),
         ({"targets": "sparse"}, "--targets sparse is unknown; use pruned, dense"),
         ({"order": "random"}, "--order random is unknown; use sequential, together"),
         ({"reconstruct": -1}, "--reconstruct -1 must be a number of epochs"),

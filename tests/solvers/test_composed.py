@@ -140,6 +140,17 @@ def test_alps_equals_the_published_iteration(outputs: int, pattern: Unstructured
     assert found.notes["iterations"] % 3 == 0
 
 
+@every_pattern
+def test_alps_that_stops_early_is_near_the_one_that_does_not(pattern: Unstructured | NM) -> None:
+    case = layer(48, 192)
+    early = composed("alps", case, pattern)
+    late = composed("alps", case, pattern, every=3, still=0.0)  # as published: until the support stays
+    assert early.notes["iterations"] * 3 <= late.notes["iterations"] < 300
+    excess = case.error(early.weight) / case.error(late.weight)
+    saved = case.error(composed("sparsegpt", case, pattern).weight) / case.error(late.weight)
+    assert 1.0 < excess < 1 + (saved - 1) / 4  # most of what it gains on sparsegpt is gained by then
+
+
 @three_patterns
 def test_admm_equals_the_plain_loop(pattern: Unstructured | NM) -> None:
     case = layer(16, 64)
