@@ -214,8 +214,8 @@ def prepare(model: str | Path, recipe: Recipe, headers_only: bool = False, small
         )
     if job.follows_dense and not (job.crosses or job.reconstruction):
         raise UserError(
-            f"solver {recipe.solver} knows norms of its inputs alone, which --targets dense cannot aim; take one with a Gram "
-            "matrix (alps, sparsegpt, refit:...), or add --reconstruct"
+            f"solver {recipe.solver} knows norms of its inputs alone, which --targets dense cannot aim; take one with a "
+            "Gram matrix (alps, sparsegpt, refit:...), or add --reconstruct"
         )
     if recipe.compensate and job.reconstruction:
         raise UserError(

@@ -55,6 +55,13 @@ def test_cells_at_once_are_those_one_after_the_other_without_times(tmp_path, tex
         assert beside[method]["note"] == models.BESIDE and "note" not in row
     assert all(alone[method]["prune_seconds"] is not None for method in METHODS)  # rounded, so perhaps 0.0
     assert all(beside[method]["prune_seconds"] is None for method in METHODS)
+    there = [{**row, "prune_seconds": 1.0 + i} for i, row in enumerate(alone.values())]
+    (tmp_path / "alone.json").write_text(json.dumps(there))
+    monkeypatch.setattr(models, "pruned", lambda *_: pytest.fail("measured again"))
+    plot = tmp_path / "contest.svg"
+    again = measured(folder, text, tmp_path / "alone.json", monkeypatch, "--plot", str(plot))
+    assert list(again.values()) == there
+    assert all(f"<!-- {method} -->" in plot.read_text() for method in METHODS)
 
 
 @pytest.mark.long
