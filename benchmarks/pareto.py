@@ -10,6 +10,7 @@ xllamacpp).
 """
 
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def main() -> None:
     asking.add_argument("--speeds", type=Path, default=rows.RESULTS / "pareto.json")
     asking.add_argument("--plot", type=Path, help="a file for the plot, SVG or PNG")
     options = recover.parsed(asking)
+    if unknown := [f for f in options.forms if f not in (DENSE, *FILES) and f.count("+") != 1]:
+        asking.error(f"form {unknown[0]} is none; use {', '.join(FORMS)}, or another PATTERN+VALUES")
     options.tasks = [LAMBADA]
     name, folder = recover.source_of(options)
     found = {form: _quality(name, folder, form, options) for form in options.forms}
@@ -89,15 +92,14 @@ def _of_file(folder: Path, wanted: dict[str, Any], form: str, options: Any) -> d
     """A row of the GGUF file's own tensors, put into transformers in float32; its bytes are without the vocabulary's."""
     import gguf
 
-    file, place = _gguf(folder, form, options), Path(options.keep, f"{folder.name}-{form}-read")
-    if not place.exists():
-        checkpoint = Checkpoint.open(folder)
+    file, checkpoint = _gguf(folder, form, options), Checkpoint.open(folder)
+    size = {"packed_bytes": sum(tensor.n_bytes for tensor in gguf.GGUFReader(file).tensors)}
+    with tempfile.TemporaryDirectory(prefix="llmsparse-bench-") as place:
         model = load_model(checkpoint, torch.float32, torch.device("cpu"), False)
         gguf_check.fill(model, checkpoint, file)
         checkpoint.tokenizer().save_pretrained(place)
         model.save_pretrained(place)
-    size = {"packed_bytes": sum(tensor.n_bytes for tensor in gguf.GGUFReader(file).tensors)}
-    row = {**wanted, **recover.judged(place, options), **size, **rows.provenance()}
+        row = {**wanted, **recover.judged(Path(place), options), **size, **rows.provenance()}
     rows.append(options.results, row)
     return row
 

@@ -141,6 +141,7 @@ class Run:
                 processes.together(lambda: self._fingerprint(text) if main else None)
             )
         windows = held_apart(text.windows, text.source_of)
+        recovered.check_room(writer, extent, self.options, windows.windows.numel())
         processes.together(lambda: self._begin(writer, fingerprint, text, resume) if main else None)
         teacher = self._teacher(writer.work / NOTES, windows)
         training = self._training(extent, teacher, windows, writer.work)

@@ -4,7 +4,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from llmsparse import gridfile
-from llmsparse.apart import Text, held_of
+from llmsparse.apart import Text
 from llmsparse.calibration import Calibration
 from llmsparse.command import pruned_of, recoveries
 from llmsparse.course import Course
@@ -22,15 +22,14 @@ GB = 1e9
 NOTED = 6  # bytes of a likeliest token
 
 
-def check_room(writer: Writer, extent: Extent, options: Recovery) -> None:
+def check_room(writer: Writer, extent: Extent, options: Recovery, tokens: int = 0) -> None:
     """Refuse a disk that does not hold OUT and what a run can go on from, each file twice while it is replaced.
 
-    What an interrupted run left is room that is taken already.
+    ``tokens``: of the text, once it is known. What an interrupted run left is room that is taken already.
     """
     numbers = sum(w.out_features * w.in_features for w in extent.weights)
     state = 0 if options.train == "lora" else 12 * numbers
-    notes = NOTED * options.top_k * (options.windows + held_of(options.windows)) * options.sequence_length
-    needed = writer.bytes + 2 * (4 * numbers + state) + notes
+    needed = writer.bytes + 2 * (4 * numbers + state) + NOTED * options.top_k * tokens
     needed -= sum(file.stat().st_size for file in writer.work.rglob("*") if file.is_file())
     parent = next(p for p in writer.work.parents if p.exists())
     free = shutil.disk_usage(parent).free

@@ -231,6 +231,19 @@ def test_a_disk_that_holds_out_but_no_state_is_refused_before_the_teacher_writes
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_a_short_text_that_is_read_often_needs_room_for_its_notes_once(sparse, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("abcdefgh " * 40)  # 11 windows
+    used, out = shutil.disk_usage(tmp_path), sum(tensor.nbytes for tensor in tensors(sparse).values())
+    given = {**LITTLE, "top_k": 100, "data": str(tmp_path / "short.txt"), "tokens": "8k"}
+    for notes, fits in ((11 * 32 * 100 * 6, True), (11 * 32 * 100 * 6 - 1, False)):
+        free = out + 2 * 16 * 3 * 9216 + notes  # three blocks of 9,216 weights
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _, free=free: used._replace(free=free))
+            patch.setattr(Training, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt if fits else UserError):
+                recover(sparse, tmp_path / f"out{fits}", **given)
+
+
 def test_what_an_interrupted_run_left_is_not_asked_of_the_disk_again(sparse, tmp_path, text, monkeypatch):
     def cut(self):
         raise KeyboardInterrupt
